@@ -1,0 +1,264 @@
+"""Device code of `prompt_attention`'s gradients: dq, dk and dv, the prompts', and a sum.
+
+Probabilities are recomputed from forward's log-sum-exp, p_j = 2^(c·s_j - lse·log2 e), so that
+no [N, M] matrix is ever stored; the algebra is in `prompt_attention`. A program owns queries (dq:
+a loop over prompts, then tokens) or keys (all else: a loop over queries), so that every gradient is
+summed in registers, by one program, or in shares that one kernel adds in order.
+"""
+
+import triton
+import triton.language as tl
+
+from fastprompt.ops.prompt_attention_kernels import (
+    ANY_SIZE,
+    LOG2E,
+    head_at,
+    hide_at,
+    in_base2,
+    key_range,
+    load_rows,
+    mask_scores,
+    packed_at,
+    pair_at,
+    query_block,
+    store_rows,
+)
+
+
+@triton.jit
+def _rows(lse_ptr, n, N):
+    """lse in base 2; +inf where a query saw nothing or does not exist, so that its p is 0."""
+    lse = tl.load(lse_ptr + n, mask=n < N, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def _dq_blocks(
+    dq, q, dout, lse, delta, c, keys, first, last, J, n, N, ahead, keep_ptr, bias_ptr, hide,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq (before its factor scale) of the queries n after keys first .. last - 1."""
+    k_ptr, k_step, v_ptr, v_step = keys
+    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
+        k = load_rows(k_ptr, start, J, k_step, HEAD_DIM, BLOCK, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        factor = c
+        if MASKED:
+            j = start + tl.arange(0, BLOCK)
+            s, factor = mask_scores(
+                s, c, n[:, None], j[None, :], N, J, ahead, keep_ptr, bias_ptr, hide, CAUSAL
+            )
+        p = tl.exp2(s * factor - lse[:, None])
+        v = load_rows(v_ptr, start, J, v_step, HEAD_DIM, BLOCK, BLOCK_D)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def dq_kernel(
+    dout_ptr, out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, keep_ptr, mask_ptr, bias_ptr,
+    dq_ptr, delta_ptr,
+    H, N, M, P, scale,
+    dout_strides, out_strides, q_strides, k_strides, v_strides, pk_strides, pv_strides,
+    keep_strides, mask_strides, bias_strides,
+    CAUSAL: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    UNIT: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq, and delta = sum_d dout · out, which the kernels after this one read."""
+    b, h, start = query_block(N, H, CAUSAL, BLOCK_Q)
+    n = start + tl.arange(0, BLOCK_Q)
+    dout_base, dout_step = head_at(dout_ptr, b, h, dout_strides, UNIT, STEP)
+    out_base, out_step = head_at(out_ptr, b, h, out_strides, UNIT, STEP)
+    dout = load_rows(dout_base, start, N, dout_step, HEAD_DIM, BLOCK_Q, BLOCK_D)
+    out = load_rows(out_base, start, N, out_step, HEAD_DIM, BLOCK_Q, BLOCK_D)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + (b * H + h) * N + n, delta, mask=n < N)
+    lse = _rows(lse_ptr + (b * H + h) * N, n, N)
+
+    q_base, q_step = head_at(q_ptr, b, h, q_strides, UNIT, STEP)
+    q = load_rows(q_base, start, N, q_step, HEAD_DIM, BLOCK_Q, BLOCK_D)
+    c, q = in_base2(scale, q)
+    dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+
+    own = pair_at(pk_ptr, pv_ptr, 0, h // GROUPS, pk_strides, pv_strides, UNIT, STEP)
+    hide = hide_at(b, h, keep_strides, bias_strides)
+    dq = _dq_blocks(
+        dq, q, dout, lse, delta, c, own, 0, P, P, n, N, 0, None, bias_ptr, hide,
+        False, True, 1, HEAD_DIM, BLOCK_P, BLOCK_D,
+    )  # fmt: skip
+
+    keys = pair_at(k_ptr, v_ptr, b, h // GROUPS, k_strides, v_strides, UNIT, STEP)
+    hide = hide_at(b, h, keep_strides, mask_strides)
+    clear, end = key_range(start, N, M, CAUSAL, BLOCK_Q, BLOCK_K)
+    if keep_ptr is None and mask_ptr is None:
+        dq = _dq_blocks(
+            dq, q, dout, lse, delta, c, keys, 0, clear, M, n, N, M - N, keep_ptr, mask_ptr, hide,
+            CAUSAL, False, None, HEAD_DIM, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+    else:
+        clear = 0
+    dq = _dq_blocks(
+        dq, q, dout, lse, delta, c, keys, clear, end, M, n, N, M - N, keep_ptr, mask_ptr, hide,
+        CAUSAL, True, None, HEAD_DIM, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
+
+    dq_base, dq_step = packed_at(dq_ptr, b, h, N, H, HEAD_DIM)
+    store_rows(dq_base, dq * scale, start, N, dq_step, HEAD_DIM, BLOCK_Q, BLOCK_D)
+
+
+@triton.jit
+def _key_step(
+    dk, dv, k, v, c, queries, lse_ptr, delta_ptr, out, start, N, j, J, ahead,
+    keep_ptr, bias_ptr, hide,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk (before its factor scale) and dv of the keys j after BLOCK more queries of one head."""
+    q_ptr, q_step, dout_ptr, dout_step = queries
+    n = start + tl.arange(0, BLOCK)
+    q = load_rows(q_ptr, start, N, q_step, HEAD_DIM, BLOCK, BLOCK_D)
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [keys, queries], so p is a left operand
+    factor = c
+    if MASKED:
+        s, factor = mask_scores(
+            s, c, n[None, :], j[:, None], N, J, ahead, keep_ptr, bias_ptr, hide, CAUSAL
+        )
+    p = tl.exp2(s * factor - _rows(lse_ptr, n, N)[None, :])
+    dout = load_rows(dout_ptr, start, N, dout_step, HEAD_DIM, BLOCK, BLOCK_D)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    if delta_ptr is not None:
+        delta = tl.load(delta_ptr + n, mask=n < N, other=0.0)
+    else:
+        o = load_rows(out[0], start, N, out[1], HEAD_DIM, BLOCK, BLOCK_D)
+        delta = tl.sum(dout.to(tl.float32) * o.to(tl.float32), 1)
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def dkv_kernel(
+    dout_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, keep_ptr, mask_ptr,
+    dk_ptr, dv_ptr,
+    H, N, M, scale,
+    dout_strides, q_strides, k_strides, v_strides, keep_strides, mask_strides,
+    CAUSAL: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    UNIT: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_K tokens of one head, over every query head that reads it."""
+    blocks = tl.cdiv(M, BLOCK_K)
+    start, bh = tl.program_id(0) % blocks * BLOCK_K, tl.program_id(0) // blocks
+    b, h_kv = (bh // (H // GROUPS)).to(tl.int64), (bh % (H // GROUPS)).to(tl.int64)
+    j = start + tl.arange(0, BLOCK_K)
+    k_base, k_step = head_at(k_ptr, b, h_kv, k_strides, UNIT, STEP)
+    v_base, v_step = head_at(v_ptr, b, h_kv, v_strides, UNIT, STEP)
+    k = load_rows(k_base, start, M, k_step, HEAD_DIM, BLOCK_K, BLOCK_D)
+    v = load_rows(v_base, start, M, v_step, HEAD_DIM, BLOCK_K, BLOCK_D)
+    c, k = in_base2(scale, k)
+    dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+
+    # queries below `first` see none of these keys, from `clear` on all of them
+    masked: tl.constexpr = keep_ptr is not None or mask_ptr is not None
+    first = 0
+    clear = N if masked else 0
+    if CAUSAL:
+        first = tl.maximum(start - (M - N), 0) // BLOCK_Q * BLOCK_Q
+        if not masked:
+            clear = tl.cdiv(tl.maximum(start + BLOCK_K - 1 - (M - N), 0), BLOCK_Q) * BLOCK_Q
+            clear = tl.minimum(clear, tl.cdiv(N, BLOCK_Q) * BLOCK_Q)
+    for g in range(GROUPS):
+        h = h_kv * GROUPS + g
+        rows = (b * H + h) * N
+        queries = pair_at(q_ptr, dout_ptr, b, h, q_strides, dout_strides, UNIT, STEP)
+        hide = hide_at(b, h, keep_strides, mask_strides)
+        if CAUSAL or masked:
+            for at in tl.range(first, clear, BLOCK_Q):
+                dk, dv = _key_step(
+                    dk, dv, k, v, c, queries, lse_ptr + rows, delta_ptr + rows, None,
+                    at, N, j, M, M - N, keep_ptr, mask_ptr, hide,
+                    CAUSAL, True, HEAD_DIM, BLOCK_Q, BLOCK_D,
+                )  # fmt: skip
+        if not masked:
+            for at in tl.range(clear, N, BLOCK_Q):
+                dk, dv = _key_step(
+                    dk, dv, k, v, c, queries, lse_ptr + rows, delta_ptr + rows, None,
+                    at, N, j, M, M - N, keep_ptr, mask_ptr, hide,
+                    False, False, HEAD_DIM, BLOCK_Q, BLOCK_D,
+                )  # fmt: skip
+
+    dk_base, step = packed_at(dk_ptr, b, h_kv, M, H // GROUPS, HEAD_DIM)
+    dv_base, step = packed_at(dv_ptr, b, h_kv, M, H // GROUPS, HEAD_DIM)
+    store_rows(dk_base, dk * scale, start, M, step, HEAD_DIM, BLOCK_K, BLOCK_D)
+    store_rows(dv_base, dv, start, M, step, HEAD_DIM, BLOCK_K, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=(*ANY_SIZE, "items", "per_split", "splits"))
+def prompts_kernel(
+    dout_ptr, out_ptr, lse_ptr, delta_ptr, q_ptr, pk_ptr, pv_ptr, bias_ptr,
+    partial_ptr,
+    H, N, P, scale, items, per_split, splits,
+    dout_strides, out_strides, q_strides, pk_strides, pv_strides, bias_strides,
+    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    UNIT: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One split's share of the prompts' dk and dv: partial [2, splits, Hkv, P, HEAD_DIM] float32.
+
+    The items to share out are the query blocks of all samples and of the heads of one group.
+    """
+    p_blocks = tl.cdiv(P, BLOCK_P)
+    start = tl.program_id(0) % p_blocks * BLOCK_P
+    split = tl.program_id(0) // p_blocks % splits
+    h_kv = (tl.program_id(0) // p_blocks // splits).to(tl.int64)
+    j = start + tl.arange(0, BLOCK_P)
+    k_base, k_step = head_at(pk_ptr, 0, h_kv, pk_strides, UNIT, STEP)
+    v_base, v_step = head_at(pv_ptr, 0, h_kv, pv_strides, UNIT, STEP)
+    k = load_rows(k_base, start, P, k_step, HEAD_DIM, BLOCK_P, BLOCK_D)
+    v = load_rows(v_base, start, P, v_step, HEAD_DIM, BLOCK_P, BLOCK_D)
+    c, k = in_base2(scale, k)
+    dk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+
+    blocks = tl.cdiv(N, BLOCK_Q)
+    for item in tl.range(split * per_split, tl.minimum((split + 1) * per_split, items)):
+        b = (item // blocks // GROUPS).to(tl.int64)
+        h = h_kv * GROUPS + item // blocks % GROUPS
+        rows = (b * H + h) * N
+        delta = None if delta_ptr is None else delta_ptr + rows
+        queries = pair_at(q_ptr, dout_ptr, b, h, q_strides, dout_strides, UNIT, STEP)
+        out = head_at(out_ptr, b, h, out_strides, UNIT, STEP)
+        hide = hide_at(b, h, (0, 0), bias_strides)
+        dk, dv = _key_step(
+            dk, dv, k, v, c, queries, lse_ptr + rows, delta, out,
+            item % blocks * BLOCK_Q, N, j, P, 0, None, bias_ptr, hide,
+            False, bias_ptr is not None, HEAD_DIM, BLOCK_Q, BLOCK_D,
+        )  # fmt: skip
+
+    heads = H // GROUPS
+    to = partial_ptr + (split * heads + h_kv) * (P * HEAD_DIM)
+    store_rows(to, dk * scale, start, P, HEAD_DIM, HEAD_DIM, BLOCK_P, BLOCK_D)
+    to += splits * heads.to(tl.int64) * (P * HEAD_DIM)
+    store_rows(to, dv, start, P, HEAD_DIM, HEAD_DIM, BLOCK_P, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=("size", "splits"))
+def sum_kernel(partial_ptr, dpk_ptr, dpv_ptr, size, splits, BLOCK: tl.constexpr):
+    """dpk, dpv [size] = partial [2, splits, size] summed over the splits, in their order."""
+    blocks = tl.cdiv(size, BLOCK)
+    at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    which = tl.program_id(0) // blocks
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.range(splits):
+        share = partial_ptr + (which * splits + split).to(tl.int64) * size
+        acc += tl.load(share + at, mask=at < size, other=0.0)
+    if which == 0:
+        tl.store(dpk_ptr + at, acc.to(dpk_ptr.dtype.element_ty), mask=at < size)
+    else:
+        tl.store(dpv_ptr + at, acc.to(dpv_ptr.dtype.element_ty), mask=at < size)

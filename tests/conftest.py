@@ -1,0 +1,44 @@
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a bare checkout runs too
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first `import triton`
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there are as many workers as cores: more would wait for each other
+
+import pytest
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# files that a machine without the package leaves out, and says so
+NEEDS = {
+    "test_linear4bit.py": "bitsandbytes",
+    "test_nf4_linear.py": "bitsandbytes",
+    "test_native.py": "hypothesis",
+    "test_demo_parts.py": "PIL",
+}
+collect_ignore = [file for file, package in NEEDS.items() if find_spec(package) is None]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"left out: {file} ({NEEDS[file]} is not installed)" for file in collect_ignore]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU the whole suite is the GPU suite; without one, what wants one is skipped."""
+    for item in items:
+        if DEVICE == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def device() -> str:
+    torch.manual_seed(0)
+    return DEVICE

@@ -1,0 +1,236 @@
+"""prompt_attention on every backend this machine has, under the one rule of accuracy."""
+
+from functools import partial
+
+import pytest
+import torch
+from compare import assert_as_accurate
+from conftest import DEVICE
+
+from fastprompt.ops import prompt_attention, reference
+
+# on a GPU "auto" is Triton; here Triton runs under its interpreter, beside the CPU's own path
+BACKENDS = ["auto"] if DEVICE == "cuda" else ["cpu", "triton"]
+SHAPES = {  # B, Hq, Hkv, N, M, P, d
+    "vit": (2, 3, 3, 33, 33, 10, 16),
+    "grouped": (2, 6, 2, 21, 21, 7, 24),
+    "multi-query": (1, 4, 1, 9, 9, 1, 8),
+    "many prompts": (1, 2, 2, 5, 5, 150, 40),
+    "blocks": (1, 2, 1, 130, 140, 20, 64),
+    "decode": (3, 4, 2, 1, 50, 5, 32),
+    "no prompt": (2, 2, 2, 12, 12, 0, 16),
+    "no token": (2, 2, 2, 6, 0, 4, 16),
+}
+# the interpreter is wrong on bf16 (a known defect of Triton's); GPUs test it
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def ident(x):
+    return str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else None
+
+
+def make(shape, dtype=torch.float32, device=DEVICE, seed=0):
+    """q, k, v as views of one [B, T, heads, d] tensor where they can be: a model's own strides."""
+    B, Hq, Hkv, N, M, P, d = shape
+    torch.manual_seed(seed)
+    like = dict(dtype=dtype, device=device)
+    q = torch.randn(B, N, Hq, d, **like)
+    k, v = torch.randn(B, M, 2, Hkv, d, **like).unbind(2)
+    if N == M and Hq == Hkv:
+        q, k, v = torch.randn(B, N, 3, Hq, d, **like).unbind(2)
+    prompts = torch.randn(2, Hkv, P, d, **like).unbind(0)
+    return [
+        t.requires_grad_() for t in (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    ] + [t.detach().requires_grad_() for t in prompts]
+
+
+def options_for(kind, shape, device=DEVICE, seed=1):
+    B, Hq, _, N, M, P, _ = shape
+    rng = torch.Generator().manual_seed(seed)
+    key_mask = torch.rand(B, M, generator=rng) > 0.3
+    if kind == "left":
+        key_mask = torch.arange(M) >= torch.arange(B)[:, None] + M // 3
+    if B > 1:
+        key_mask[-1] = False  # one row of the batch sees no token at all
+    additive = torch.randn(B, Hq, N, M, generator=rng)
+    additive[0, 0, : N // 2] = -torch.inf
+    allowed = torch.rand(B, 1, N, M, generator=rng) > 0.5
+    options = {
+        "full": {},
+        "causal": dict(causal=True),
+        "key_mask": dict(key_mask=key_mask),
+        "left": dict(key_mask=key_mask, causal=True),
+        "bool": dict(attn_mask=allowed),
+        "additive": dict(attn_mask=additive, prompt_bias=torch.randn(1, Hq, N, P, generator=rng)),
+        "everything": dict(
+            causal=True,
+            key_mask=key_mask,
+            attn_mask=allowed,
+            prompt_bias=torch.randn(B, 1, N, P, generator=rng),
+            scale=0.3,
+        ),
+    }[kind]
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
+KINDS = ["full", "causal", "key_mask", "left", "bool", "additive", "everything"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ident)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_accurate_as_eager(backend, shape, kind, dtype):
+    B, Hq, _, N, M, _, d = shape
+    if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter is wrong on bfloat16")
+    options = options_for(kind, shape)
+    if options.get("causal") and M < N:
+        pytest.skip("causal wants at least as many keys as queries")
+    grad_out = torch.randn(B, Hq, N, d, device=DEVICE)
+    ours = partial(prompt_attention, backend=backend, **options)
+    eager = partial(reference.prompt_attention, **options)
+    assert_as_accurate(ours, eager, make(shape, dtype), grad_out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["full", "left", "additive"])
+def test_prompts_alone_get_the_same_gradient(backend, kind):
+    shape = SHAPES["grouped"]
+    inputs, options = make(shape), options_for(kind, shape)
+    both = torch.autograd.grad(
+        prompt_attention(*inputs, backend=backend, **options).square().sum(), inputs
+    )
+    frozen = [t.detach() for t in inputs[:3]] + inputs[3:]
+    alone = torch.autograd.grad(
+        prompt_attention(*frozen, backend=backend, **options).square().sum(), inputs[3:]
+    )
+    torch.testing.assert_close(alone, both[3:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_inputs(backend):
+    for shape in [(0, 2, 2, 4, 4, 3, 16), (2, 2, 2, 0, 4, 3, 16), (2, 2, 2, 4, 0, 0, 16)]:
+        inputs = make(shape)
+        out = prompt_attention(*inputs, backend=backend)
+        assert out.shape == inputs[0].shape and not out.any()
+        for grad, x in zip(torch.autograd.grad(out.sum(), inputs), inputs, strict=True):
+            assert grad.shape == x.shape and not grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides(backend):
+    """Expanded batches, sliced prompts, an output gradient of stride zero."""
+    q, k, v, pk, pv = (t.detach() for t in make((1, 4, 2, 9, 9, 12, 16)))
+    k, v = k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)
+    q = torch.randn(3, 4, 18, 16, device=DEVICE)[:, :, ::2]
+    inputs = [t.requires_grad_() for t in (q, k, v, pk[:, ::3], pv[:, ::3])]
+    grad_out = torch.ones(1, device=DEVICE).expand(3, 4, 9, 16)
+    ours, eager = (
+        torch.autograd.grad(fn(*inputs, causal=True), inputs, grad_out)
+        for fn in (partial(prompt_attention, backend=backend), reference.prompt_attention)
+    )
+    torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_agree_bit_for_bit(backend):
+    inputs = make(SHAPES["blocks"])
+    runs = [
+        torch.autograd.grad(prompt_attention(*inputs, backend=backend).sum(), inputs) for _ in "12"
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_element_is_written(backend, monkeypatch):
+    """With memory that starts as NaN, an element left unwritten shows."""
+    inputs, options = make(SHAPES["grouped"]), options_for("left", SHAPES["grouped"])
+    torch.use_deterministic_algorithms(True)  # fills every empty tensor with NaN
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        out = prompt_attention(*inputs, backend=backend, **options)
+        grads = torch.autograd.grad(out.sum(), inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(t.isfinite().all() for t in (out, *grads))
+
+
+def test_output_reshapes_without_a_copy():
+    out = prompt_attention(*make(SHAPES["grouped"]))
+    rows = out.transpose(1, 2)
+    assert rows.reshape(*rows.shape[:2], -1).data_ptr() == out.data_ptr()
+
+
+def test_float64_is_the_reference_and_differentiates_twice():
+    inputs = [t.detach().double().requires_grad_() for t in make((1, 2, 1, 3, 4, 2, 8))]
+    assert torch.autograd.gradcheck(partial(prompt_attention, causal=True), inputs)
+
+
+@pytest.mark.parametrize("kind", ["full", "left", "everything"])
+def test_registration(kind):
+    shape = SHAPES["grouped"]
+    inputs = [t.detach() for t in make(shape)]
+    options = options_for(kind, shape)
+    masks = [options.get(name) for name in ("key_mask", "attn_mask", "prompt_bias")]
+    args = (*inputs, options.get("causal", False), 0.25, *masks, "auto")
+    torch.library.opcheck(torch.ops.fastprompt.prompt_attention, args)
+    out, lse = torch.ops.fastprompt.prompt_attention(*args)
+    for needs in [(True, True), (False, True)]:
+        backward = (torch.ones_like(out), out, lse, *args, *needs)
+        torch.library.opcheck(torch.ops.fastprompt.prompt_attention_backward, backward)
+
+
+def test_compiles_without_a_graph_break():
+    inputs = make(SHAPES["grouped"])
+    compiled = torch.compile(
+        partial(prompt_attention, causal=True), fullgraph=True, backend="aot_eager"
+    )
+    got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+    want = torch.autograd.grad(prompt_attention(*inputs, causal=True).square().sum(), inputs)
+    torch.testing.assert_close(got, want)
+
+
+def refused(message, **changes):
+    args = dict(zip(["q", "k", "v", "prompt_k", "prompt_v"], make(SHAPES["grouped"]), strict=True))
+    args |= {name: change(args) if callable(change) else change for name, change in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        prompt_attention(**args)
+
+
+def test_refusals_say_what_was_wanted_and_what_came():
+    ones = torch.ones(2, 21, device=DEVICE)
+    refused(r"v: want \[2, 1, 21, 24\], got \[2, 2, 21, 24\]", k=lambda a: a["k"][:, :1])
+    refused(r"v: want \[2, 2, 21, 24\], got \[2, 2, 20, 24\]", v=lambda a: a["v"][:, :, 1:])
+    refused(
+        r"prompt_v: want \[2, 7, 24\], got \[2, 6, 24\]", prompt_v=lambda a: a["prompt_v"][:, 1:]
+    )
+    refused(
+        r"prompt_k: want torch.float32 .* got torch.float16",
+        prompt_k=lambda a: a["prompt_k"].half(),
+    )
+    refused(
+        "contiguous last axis", q=lambda a: a["q"].transpose(-1, -2).contiguous().transpose(-1, -2)
+    )
+    refused(
+        r"causal: .* got M 20 and N 21",
+        k=lambda a: a["k"][:, :, 1:],
+        v=lambda a: a["v"][:, :, 1:],
+        causal=True,
+    )
+    refused("key_mask: want bool, got torch.float32", key_mask=ones)
+    refused(r"key_mask: want \[2, 21\], got \[2, 20\]", key_mask=ones[:, 1:].bool())
+    refused(r"attn_mask: want \[2 or 1, 6 or 1, 21, 21\]", attn_mask=ones.bool())
+    refused(
+        "attn_mask: want bool or floating",
+        attn_mask=ones.long().expand(1, 1, 2, 21)[:, :, :1].expand(1, 1, 21, 21),
+    )
+    refused(
+        "attn_mask: want it frozen",
+        attn_mask=torch.zeros(1, 1, 21, 21, device=DEVICE, requires_grad=True),
+    )
+    refused("backend: want one of auto, triton", backend="cuda")
+    refused(
+        "multiple of 8",
+        **{n: (lambda a, n=n: a[n][..., :12]) for n in ("q", "k", "v", "prompt_k", "prompt_v")},
+    )
