@@ -1,0 +1,127 @@
+// The Python module fastprompt._native. Tensors come in as addresses and sizes, so that one build
+// serves every release of torch; fastprompt/native.py has checked them.
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include "decode.h"
+#include "parallel.h"
+
+namespace fastprompt {
+namespace {
+
+struct Variant {
+  const char* name;
+  DecodeBlocks decode;
+  MultiplyRows multiply;
+};
+
+#if defined(__x86_64__)
+bool has_f16c() {  // not a name that every compiler's __builtin_cpu_supports takes
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+// What this machine can run, the best first.
+std::vector<Variant> find_variants() {
+  std::vector<Variant> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"))
+    found.push_back({"avx512", decode_avx512, multiply_avx512});
+  if (__builtin_cpu_supports("avx2") && has_f16c()) found.push_back({"avx2", decode_avx2, multiply_avx2});
+#elif defined(__aarch64__)
+  found.push_back({"neon", decode_neon, multiply_neon});  // every 64-bit Arm has it
+#endif
+  found.push_back({"portable", decode_portable, multiply_portable});
+  return found;
+}
+
+const std::vector<Variant>& variants() {
+  static const std::vector<Variant> found = find_variants();
+  return found;
+}
+
+pybind11::list names() {
+  pybind11::list out;
+  for (const auto& v : variants()) out.append(v.name);
+  return out;
+}
+
+// A part is small enough that its output stays in a core's cache share while threads take turns,
+// and large enough that taking it costs nothing beside decoding it (about 10 us).
+constexpr int64_t kPartValues = 1 << 16;
+
+Weight weight_at(uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t code2,
+                 uintptr_t absmax2, uintptr_t offset, int64_t blocksize, int64_t blocksize2,
+                 int64_t numel) {
+  return {reinterpret_cast<const uint8_t*>(packed), reinterpret_cast<const float*>(code),
+          reinterpret_cast<const void*>(absmax), reinterpret_cast<const float*>(code2),
+          reinterpret_cast<const float*>(absmax2), reinterpret_cast<const float*>(offset),
+          blocksize, blocksize2, numel};
+}
+
+// An output that no cache holds anyway is written past them: a store would first read each line.
+constexpr int64_t kStreamBytes = 32 << 20;
+
+void decode(uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t code2, uintptr_t absmax2,
+            uintptr_t offset, int64_t blocksize, int64_t blocksize2, int64_t numel, uintptr_t out,
+            int dtype, int threads, size_t variant) {
+  const int64_t bytes = numel * (static_cast<Dtype>(dtype) == Dtype::f32 ? 4 : 2);
+  struct Task {
+    Weight weight;
+    Output out;
+    DecodeBlocks decode;
+    int64_t part_blocks;
+  } task{weight_at(packed, code, absmax, code2, absmax2, offset, blocksize, blocksize2, numel),
+         {reinterpret_cast<void*>(out), static_cast<Dtype>(dtype), bytes > kStreamBytes},
+         variants().at(variant).decode,
+         kPartValues / blocksize > 1 ? kPartValues / blocksize : 1};
+  const int64_t blocks = task.weight.blocks();
+  const int64_t parts = (blocks + task.part_blocks - 1) / task.part_blocks;
+  const auto work = [](void* p, int part) {
+    const Task& t = *static_cast<Task*>(p);
+    const int64_t first = part * t.part_blocks, stop = first + t.part_blocks;
+    const int64_t blocks = t.weight.blocks();
+    t.decode(t.weight, t.out, first, stop < blocks ? stop : blocks);
+  };
+  parallel(static_cast<int>(parts), threads, work, &task);
+}
+
+void multiply(uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t code2,
+              uintptr_t absmax2, uintptr_t offset, int64_t blocksize, int64_t blocksize2,
+              uintptr_t x, uintptr_t y, int64_t rows, int64_t columns, int threads,
+              size_t variant) {
+  struct Task {
+    Weight weight;
+    Product product;
+    MultiplyRows multiply;
+    int64_t part_rows;
+  } task{weight_at(packed, code, absmax, code2, absmax2, offset, blocksize, blocksize2,
+                   rows * columns),
+         {reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), rows, columns},
+         variants().at(variant).multiply,
+         kPartValues / columns > 1 ? kPartValues / columns : 1};
+  const auto work = [](void* p, int part) {
+    const Task& t = *static_cast<Task*>(p);
+    const int64_t first = part * t.part_rows, stop = first + t.part_rows;
+    t.multiply(t.weight, t.product, first, stop < t.product.rows ? stop : t.product.rows);
+  };
+  parallel(static_cast<int>((rows + task.part_rows - 1) / task.part_rows), threads, work, &task);
+}
+
+}  // namespace
+}  // namespace fastprompt
+
+PYBIND11_MODULE(_native, m, pybind11::mod_gil_not_used()) {
+  m.doc() = "Compiled part of fastprompt; use it through fastprompt.native.";
+  m.attr("ABI") = 1;  // raised with every change of what native.py calls
+  m.def("variants", &fastprompt::names, "Instruction sets that this machine runs, best first.");
+  m.def("decode", &fastprompt::decode, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("multiply", &fastprompt::multiply, pybind11::call_guard<pybind11::gil_scoped_release>());
+}

@@ -1,0 +1,137 @@
+"""Our product behind bitsandbytes' Linear4bit, one instance at a time, for inputs on the CPU.
+
+bitsandbytes is slow there and, on CPUs with AVX512-BF16, wrong: its first forward in eval mode
+without gradients repacks the weight for a kernel of its own, after which gradients are silently
+wrong and the scales have lost precision for good.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprompt.ops.nf4_linear import nf4_linear
+
+
+class Product:
+    """Stands where a Linear4bit's forward did. A plain object that holds its module: unlike a
+    bound method it follows the module through deepcopy and pickle, and is no child of it."""
+
+    def __init__(self, module: nn.Module, slot: str):
+        self.module = module
+        self.slot = slot
+        self.replaced: Callable | None = vars(module).get(slot)
+        self.compute = (module.compute_dtype, module.compute_type_is_set)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module = self.module
+        if x.device.type != "cpu":
+            return type(module).forward(module, x)
+        if not module.compute_type_is_set:  # bitsandbytes infers it from the first input
+            module.set_compute_type(x)
+            module.compute_type_is_set = True
+        weight, bias = module.weight, module.bias
+        # under FSDP2 the weight is a plain Parameter and the module alone has the state
+        state = getattr(weight, "quant_state", None) or module.quant_state
+        inside = x if module.compute_dtype is None else x.to(module.compute_dtype)
+        if bias is None or not bias.requires_grad:
+            y = nf4_linear(inside, (weight, state), bias)
+        else:
+            y = nf4_linear(inside, (weight, state))
+            y = y + bias.to(y.dtype)
+        return y.to(x.dtype)
+
+    def undo(self) -> None:
+        module = self.module
+        # accelerate may have moved us in or out of _old_forward, where it keeps what it hooks
+        for slot in ("forward", "_old_forward"):
+            if vars(module).get(slot) is not self:
+                continue
+            if slot == self.slot == "forward" and self.replaced is None:
+                del module.forward  # the class's own shows again
+            else:
+                own = type(module).forward.__get__(module)
+                setattr(module, slot, self.replaced or own)
+        module.compute_dtype, module.compute_type_is_set = self.compute
+
+
+def adopt(model: nn.Module) -> dict[str, nn.Module]:
+    """Put our product behind every Linear4bit of `model`, for inputs on the CPU.
+
+    The modules, weights, hooks and state dict stay as they are, and inputs on other devices go to
+    bitsandbytes. A module whose forward someone else has replaced is left alone.
+
+    Returns:
+        The adopted modules by name, for `release`.
+
+    Raises:
+        ValueError: bitsandbytes has repacked a weight in a way that cannot be undone exactly;
+            nothing has been changed then.
+    """
+    if "bitsandbytes" not in sys.modules:  # then no module can be of its classes
+        return {}
+    from bitsandbytes.nn import Linear4bit
+
+    found = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit) and _slot(m)}
+    repacked = {n: m for n, m in found.items() if hasattr(_state(m), "original_dtype")}
+    lost = [n for n, m in repacked.items() if not _exact(_state(m))]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} 4-bit weights (the first is {lost[0]!r}) were repacked by bitsandbytes "
+            "in a forward without gradients on this CPU, which rounded their scales: load the "
+            "model again and patch it before its first forward"
+        )
+    for module in repacked.values():
+        _unrepack(module)
+    for module in found.values():
+        slot = _slot(module)
+        setattr(module, slot, Product(module, slot))
+    return found
+
+
+def release(modules: dict[str, nn.Module] | Iterable[nn.Module]) -> None:
+    """Give the modules that `adopt` returned their own forward back."""
+    for module in modules.values() if isinstance(modules, dict) else modules:
+        for slot in ("forward", "_old_forward"):
+            product = vars(module).get(slot)
+            if isinstance(product, Product):
+                product.undo()
+
+
+def _slot(module: nn.Module) -> str | None:
+    """The attribute where the class's own forward is called from; None if it is not called."""
+    from bitsandbytes.nn import Linear4bit
+
+    for slot in ("_old_forward", "forward"):  # the first is accelerate's, below its hooks
+        if slot in vars(module) or slot == "forward":
+            return slot if _function(getattr(module, slot)) is Linear4bit.forward else None
+    return None
+
+
+def _function(f: Callable) -> Any:
+    return getattr(f, "__func__", f)
+
+
+def _state(module: nn.Module) -> Any:
+    return getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
+
+
+def _exact(state: Any) -> bool:
+    """Whether repacking lost nothing. It rounds the scales to bfloat16, which scales of a bfloat16
+    weight are already, and drops nested scales."""
+    return state.original_dtype == torch.bfloat16 and not state.original_nested
+
+
+def _unrepack(module: nn.Module) -> None:
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    weight, state = module.weight, _state(module)
+    absmax = state.absmax.T if state.absmax.ndim == 2 else state.absmax  # the inverse forgets this
+    absmax = absmax.reshape(-1).float()
+    if getattr(state, "packing_format_for_cpu", False):
+        weight.data, _ = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax = absmax
+    for name in ("original_dtype", "original_nested", "original_qshape", "original_storage_type"):
+        vars(state).pop(name, None)

@@ -1,0 +1,179 @@
+"""The only file that touches the compiled part (csrc/): decoding 4-bit weights on the CPU.
+
+The package works without it: `available()` says whether it is there, `why_missing()` why not.
+"""
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+ABI = 1  # csrc/module.cpp has the same; a module left from another version is not called
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/decode.h: Dtype
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        module = importlib.import_module("fastprompt._native")
+        why = None if module.ABI == ABI else f"built from another version: {module.__file__}"
+    except (ImportError, AttributeError) as error:  # not built, or for another Python or platform
+        why = str(error)
+    if why is None:
+        return module, None
+    why = f"fastprompt's native part is not usable ({why})"
+    warnings.warn(f"{why}; torch serves the CPU, more slowly", stacklevel=3)
+    return None, why
+
+
+def available() -> bool:
+    """Whether the compiled part is there. The first answer of no is also a warning."""
+    return _load()[0] is not None
+
+
+def why_missing() -> str | None:
+    """Why the compiled part is not there; None when it is."""
+    return _load()[1]
+
+
+@functools.cache
+def variants() -> tuple[str, ...]:
+    """Instruction sets that this machine runs, the best first; empty without the native part."""
+    module = _load()[0]
+    return tuple(module.variants()) if module else ()
+
+
+def isa() -> str:
+    """The instruction set in use: "avx512", "avx2", "neon" or "portable"; "torch" without any."""
+    return variants()[0] if available() else "torch"
+
+
+def _check(name: str, t: Tensor, dtype: torch.dtype, numel: int) -> int:
+    if t.dtype is not dtype or t.numel() < numel or not t.is_contiguous() or not t.is_cpu:
+        raise ValueError(
+            f"{name}: want contiguous {dtype} on the CPU with at least {numel} elements, "
+            f"got {t.dtype} {tuple(t.shape)} on {t.device} with strides {t.stride()}"
+        )
+    return t.data_ptr()
+
+
+Nested = tuple[Tensor, Tensor, Tensor, int]  # code2, absmax2, offset, blocksize2
+
+
+def _weight(
+    numel: int, packed: Tensor, code: Tensor, absmax: Tensor, blocksize: int, nested: Nested | None
+) -> tuple[int, ...]:
+    """A checked weight as the addresses and sizes that the module takes."""
+    if blocksize < 1 or (nested and nested[3] < 1):
+        raise ValueError(f"blocksize: want at least 1, got {blocksize}, nested {nested}")
+    blocks = -(numel // -blocksize)
+    scales, second, blocksize2 = torch.float32, (0, 0, 0), 1
+    if nested:
+        code2, absmax2, offset, blocksize2 = nested
+        scales = torch.uint8
+        second = (
+            _check("code2", code2, torch.float32, 256),
+            _check("absmax2", absmax2, torch.float32, -(blocks // -blocksize2)),
+            _check("offset", offset, torch.float32, 1),
+        )
+    return (
+        _check("packed", packed, torch.uint8, (numel + 1) // 2),
+        _check("code", code, torch.float32, 16),
+        _check("absmax", absmax, scales, blocks),
+        *second,
+        blocksize,
+        blocksize2,
+    )
+
+
+def _module(variant: str | None) -> tuple[ModuleType, int]:
+    module, why = _load()
+    if module is None:
+        raise RuntimeError(why)
+    if variant is None:
+        return module, 0
+    if variant not in variants():
+        raise ValueError(f"variant: want one of {variants()}, got {variant!r}")
+    return module, variants().index(variant)
+
+
+def decode_4bit(
+    out: Tensor,
+    packed: Tensor,
+    code: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    nested: Nested | None = None,
+    variant: str | None = None,
+) -> Tensor:
+    """Decode bitsandbytes' 4-bit storage into `out`, on torch.get_num_threads() threads.
+
+    Bit for bit what `bitsandbytes.functional.dequantize_4bit` gives where rows have whole blocks
+    (elsewhere its CPU kernel is wrong): products in float32, one rounding (to nearest even) to the
+    dtype of `out`.
+
+    Args:
+        out: contiguous float32, bfloat16 or float16 of any shape; every element is written.
+        packed: uint8, two values a byte, the high nibble first; `out.numel()` values.
+        code: [16] float32, the values that the nibbles stand for (NF4, FP4 or others).
+        absmax: [blocks] float32 scales, or uint8 when `nested`.
+        blocksize: values that share a scale.
+        nested: (code2 [256], absmax2 [blocks2], offset [], blocksize2), all float32: the scale of
+            block b is then ``code2[absmax[b]] * absmax2[b // blocksize2] + offset``.
+        variant: one of `variants()`; the best of them by default.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: a dtype, size, stride or device other than these, or an unknown variant.
+        RuntimeError: the native part is missing.
+    """
+    module, index = _module(variant)
+    dtype = DTYPES.get(out.dtype)
+    if dtype is None:
+        raise ValueError(f"out: want one of {[*DTYPES]}, got {out.dtype}")
+    n = out.numel()
+    weight = _weight(n, packed, code, absmax, blocksize, nested)
+    address = _check("out", out, out.dtype, n)
+    module.decode(*weight, n, address, dtype, torch.get_num_threads(), index)
+    return out
+
+
+def matvec_4bit(
+    x: Tensor,
+    rows: int,
+    packed: Tensor,
+    code: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    nested: Nested | None = None,
+    variant: str | None = None,
+) -> Tensor:
+    """``W x`` for a single token, with no decoded weight in between.
+
+    Args:
+        x: [columns] contiguous float32; columns a multiple of blocksize, that one of 32.
+        rows: of the weight, which is [rows, columns].
+        packed, code, absmax, blocksize, nested, variant: as in `decode_4bit`.
+
+    Returns:
+        [rows] float32: sums in float32, of weights that were not rounded.
+
+    Raises:
+        ValueError, RuntimeError: as `decode_4bit`.
+    """
+    module, index = _module(variant)
+    columns = x.numel()
+    if columns < 1 or blocksize < 1 or blocksize % 32 or columns % blocksize:
+        raise ValueError(
+            f"x: want whole blocks of 32s, got {columns} values in blocks of {blocksize}"
+        )
+    weight = _weight(rows * columns, packed, code, absmax, blocksize, nested)
+    y = torch.empty(rows)
+    address = _check("x", x, torch.float32, columns)
+    module.multiply(*weight, address, y.data_ptr(), rows, columns, torch.get_num_threads(), index)
+    return y

@@ -1,0 +1,157 @@
+"""Builds `fastprompt._native` from csrc/ with ninja: parallel, incremental, in seconds.
+
+Everything else is in pyproject.toml. No torch is needed: the sources see raw pointers alone.
+Without a working C++ compiler the package still installs, and its torch path serves the CPU.
+FASTPROMPT_NATIVE=0 skips the native part, CXX and CUDA_HOME choose the compilers.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+# Contraction would turn a multiply and an add into one rounding where bitsandbytes has two.
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+# Flags of single files. Never -march=native: the variant is chosen at run time, on the user's CPU.
+X86_FLAGS = {
+    "decode_avx2.cpp": "-mavx2 -mf16c",
+    # GCC's own header warns of what it leaves undefined on purpose
+    "decode_avx512.cpp": "-mavx512f -mavx512bw -Wno-maybe-uninitialized",
+}
+FILE_FLAGS = X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {}
+CUDA_ARCHS = (80, 86, 89, 90)
+
+
+def find_compiler() -> tuple[list[str] | None, str]:
+    """The C++ compiler as a command, or None; and why there is none."""
+    if os.environ.get("FASTPROMPT_NATIVE") == "0":
+        return None, "FASTPROMPT_NATIVE=0"
+    named = os.environ.get("CXX")
+    commands = [shlex.split(named)] if named else [["c++"], ["g++"], ["clang++"]]
+    command = next((c for c in commands if shutil.which(c[0])), None)
+    if command is None:
+        return None, f"no C++ compiler: {named or 'c++, g++ or clang++'} is not on PATH"
+    # A compiler without Python's headers, or not of GCC's manner, is as good as none.
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder, "probe.cpp")
+        probe.write_text("#include <Python.h>\n#include <dlfcn.h>\n#include <thread>\n")
+        include = "-I" + sysconfig.get_path("include")
+        check = [*command, *CXX_FLAGS, include, "-c", str(probe), "-o", str(probe) + ".o"]
+        done = subprocess.run(check, capture_output=True, text=True)
+    if done.returncode:
+        return None, f"{shlex.join(command)} does not work here:\n{done.stderr.strip()}"
+    return command, ""
+
+
+def find_ninja() -> str:
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR, "ninja"))
+    except ImportError:
+        return shutil.which("ninja") or sys.exit(
+            "fastprompt needs ninja to build: pip install ninja"
+        )
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
+def escape(path: object) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def ninja_file(compiler: list[str], objects: Path, target: Path) -> str:
+    """What build.ninja says: one object a source, each with its dependencies, and one link."""
+    import pybind11
+
+    folders = [CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+    includes = shlex.join(f"-I{folder}" for folder in folders)
+    mac = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    link = [*compiler, "-shared", *mac, "$in", "-o", "$out", "-pthread"]
+    lines = [
+        "rule cxx",
+        f"  command = {shlex.join([*compiler, *CXX_FLAGS])} {includes} $flags "
+        "-MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = c++ $in",
+    ]
+    sources = sorted(CSRC.glob("*.cpp"))
+    nvcc, cuda_sources = find_nvcc(), sorted(CSRC.glob("*.cu"))
+    if nvcc and cuda_sources:
+        sources += cuda_sources
+        archs = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS)
+        lines += [
+            "rule cuda",
+            f"  command = {shlex.quote(nvcc)} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden "
+            f"{archs} {includes} -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = nvcc $in",
+        ]
+        libraries = Path(nvcc).resolve().parent.parent / "lib64"
+        link += [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt"]
+    outputs = []
+    for source in sources:
+        rule = "cuda" if source.suffix == ".cu" else "cxx"
+        outputs.append(escape(objects / (source.name + ".o")))
+        lines.append(f"build {outputs[-1]}: {rule} {escape(source)}")
+        lines.append(f"  flags = {FILE_FLAGS.get(source.name, '')}")
+    # "$in" must reach ninja unquoted
+    command = " ".join(part if part.startswith("$") else shlex.quote(part) for part in link)
+    lines += ["rule link", f"  command = {command}", "  description = link $out"]
+    lines += [f"build {escape(target)}: link {' '.join(outputs)}", ""]
+    return "\n".join(lines)
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        compiler, why = find_compiler()
+        if compiler is None:
+            print(
+                f"\nfastprompt: installing WITHOUT its native part ({why}).\n"
+                "fastprompt: everything works, 4-bit weights on the CPU are decoded by torch, "
+                "several times slower.\n",
+                file=sys.stderr,
+            )
+            return
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        objects = Path(self.build_temp).resolve()
+        for folder in (objects, target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        (objects / "build.ninja").write_text(ninja_file(compiler, objects, target))
+        # The compiler works, so a failure from here on is a bug of ours and must be seen.
+        done = subprocess.run([find_ninja(), "-C", str(objects)])
+        if done.returncode:
+            sys.exit("fastprompt: csrc/ did not build (FASTPROMPT_NATIVE=0 installs without it)")
+
+
+def listed(*patterns: str) -> list[str]:
+    files = [f for pattern in patterns for f in CSRC.glob(pattern)]
+    return sorted(str(f.relative_to(ROOT)) for f in files)
+
+
+native = Extension(
+    "fastprompt._native",
+    sources=listed("*.cpp", "*.cu"),
+    depends=listed("*.h", "*.cuh"),  # so that a source distribution has them
+    optional=True,  # setuptools then accepts that it was not built
+)
+
+setup(
+    ext_modules=[native],
+    cmdclass={"build_ext": NinjaBuild},
+)

@@ -1,0 +1,261 @@
+"""The 4-bit product: values, gradients, refusals, with the native part and without."""
+
+import copy
+import importlib
+import sys
+import threading
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+from bitsandbytes.nn import Params4bit
+from compare import assert_as_accurate
+
+from fastprompt import native
+from fastprompt.ops.nf4_linear import nf4_linear, unpack
+
+ops = importlib.import_module("fastprompt.ops.nf4_linear")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMATS = [(kind, nested) for kind in ("nf4", "fp4") for nested in (False, True)]
+
+
+@pytest.fixture(params=["native", "torch"])
+def path(request, monkeypatch):
+    """With the native part, and as if it were not there."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_load", lambda: (None, "not built"))
+    elif not native.available():
+        pytest.skip(str(native.why_missing()))
+    return request.param
+
+
+def quantise(rows, columns, kind="nf4", nested=True, dtype=torch.float32, blocksize=64):
+    dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return bnb.quantize_4bit(
+        dense, quant_type=kind, compress_statistics=nested, blocksize=blocksize
+    )
+
+
+def both(f, x, dy):
+    y = f(x)
+    return y, torch.autograd.grad(y, x, dy)[0]
+
+
+# ---- the op ----
+
+
+@pytest.mark.parametrize("kind, nested", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", [64, 256])
+def test_decoding_is_bitsandbytes(path, kind, nested, dtype, blocksize):
+    # a multiple of the blocksize: with others bitsandbytes' own CPU kernel is wrong
+    packed, state = quantise(96, 512, kind, nested, dtype, blocksize)
+    want = bnb.dequantize_4bit(packed, state)
+    assert torch.equal(ops._decode(unpack((packed, state)), dtype), want)
+
+
+@pytest.mark.parametrize("kind, nested", FORMATS)
+@pytest.mark.parametrize("rows, columns", [(5, 3), (7, 70), (96, 160), (64, 32)])
+def test_odd_sizes(path, kind, nested, rows, columns):
+    packed, state = quantise(rows, columns, kind, nested)
+    w = unpack((packed, state))
+    absmax = state.absmax
+    if nested:
+        absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+    nibbles = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()
+    values = state.code[nibbles] * absmax.repeat_interleave(64)[: len(nibbles), None].flatten()
+    want = values[: rows * columns].view(rows, columns)
+    assert torch.equal(ops._decode(w, torch.float32), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(192,), (5, 192), (2, 3, 192), (0, 192)])
+def test_product_and_gradient(path, dtype, shape):
+    weight, bias = quantise(96, 192), torch.randn(96).to(dtype)
+    dense = ops._decode(unpack(weight), torch.float32).clone()
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    dy = torch.randn(*shape[:-1], 96).to(dtype)
+    assert_as_accurate(
+        lambda x: nf4_linear(x, weight, bias.to(x.dtype)),
+        lambda x: F.linear(x, dense.to(x.dtype), bias.to(x.dtype)),
+        [x],
+        dy,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(192,), (1, 1, 192)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_single_token(path, dtype, shape, biased):
+    """Generation: never worse than decoding to the dtype and multiplying there."""
+    weight, bias = quantise(96, 192), torch.randn(96).to(dtype) if biased else None
+    dense, x = ops._decode(unpack(weight), torch.float32).clone(), torch.randn(shape).to(dtype)
+    want = F.linear(x.double(), dense.double(), bias.double() if biased else None)
+    eager, got = F.linear(x, dense.to(dtype), bias), nf4_linear(x, weight, bias)
+    assert got.dtype == dtype and got.shape == want.shape
+    error, limit = ((y.double() - want).norm() for y in (got, eager))
+    assert error <= 2 * limit + 1e-6 * want.norm()
+
+
+def test_strided_inputs():
+    weight = quantise(96, 192)
+    wide, dy = torch.randn(4, 3, 400), torch.randn(96).expand(3, 4, 96)
+    x = wide[:, :, 100:292].transpose(0, 1).requires_grad_()
+    got = both(lambda x: nf4_linear(x, weight), x, dy)
+    want = both(lambda x: nf4_linear(x.contiguous(), weight), x, dy)
+    torch.testing.assert_close(got, want)
+
+
+def test_gradient_in_float64(path):
+    weight = quantise(6, 10)
+    x = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: nf4_linear(x, weight), x)
+
+
+def test_weights_share_one_buffer_and_nothing_is_kept():
+    first, second = quantise(96, 192), quantise(192, 96, "fp4")
+    x = torch.randn(4, 192, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        middle = nf4_linear(x, first)
+        before = middle.detach().clone()
+        out = nf4_linear(middle, second)
+    assert kept == [] and torch.equal(middle, before)
+    dense = [ops._decode(unpack(w), torch.float32).clone() for w in (first, second)]
+    dx = torch.autograd.grad(out.sum(), x)[0]
+    torch.testing.assert_close(dx, torch.ones(4, 192) @ dense[1] @ dense[0])
+    ops.free_scratch()
+    assert vars(ops._scratch) == {}
+
+
+def test_buffers_made_in_inference_mode_serve_training():
+    weight = quantise(96, 192)
+    ops.free_scratch()
+    with torch.inference_mode():
+        want = nf4_linear(torch.ones(2, 192), weight)
+    x = torch.ones(2, 192, requires_grad=True)
+    y = nf4_linear(x, weight)
+    y.sum().backward()
+    assert torch.equal(y, want.clone())
+
+
+def test_threads_do_not_share_buffers():
+    weights = [quantise(256, 256, kind) for kind in ("nf4", "fp4")]
+    x = torch.randn(8, 256)
+    want = [nf4_linear(x, w) for w in weights]
+    wrong = []
+
+    def work(i):
+        for _ in range(50):
+            if not torch.allclose(nf4_linear(x, weights[i]), want[i], atol=1e-4):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert not wrong
+
+
+def test_registration():
+    packed, state = quantise(96, 192)
+    w = unpack((packed, state))
+    x = torch.randn(2, 192, requires_grad=True)
+    torch.library.opcheck(torch.ops.fastprompt.nf4_linear, (x, torch.randn(96), *w))
+    torch.library.opcheck(torch.ops.fastprompt.nf4_linear_backward, (torch.randn(2, 96), *w))
+
+
+def test_autocast_decides_the_dtype():
+    weight, x = quantise(96, 192), torch.randn(3, 192, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = nf4_linear(x, weight)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
+    assert nf4_linear(x, weight, dtype=torch.float16).dtype == torch.float16
+
+
+def test_refusals():
+    packed, state = weight = quantise(96, 192)
+    x, bias = torch.randn(2, 192), torch.randn(96)
+
+    trains = packed.view(-1).view(torch.float32).requires_grad_()
+
+    def changed(**attributes):
+        other = copy.copy(state)
+        vars(other).update(attributes)
+        return packed, other
+
+    for args, said in [
+        ((x[:, :8], weight), r"x: want \[..., 192\]"),
+        ((x.long(), weight), "x: want one of"),
+        ((x.to("meta"), weight), "weight's device cpu, got meta"),
+        ((x, weight, bias[:5]), r"bias: want \[96\]"),
+        ((x, weight, torch.zeros(96, requires_grad=True)), "bias must be frozen"),
+        ((x, packed), "without state"),
+        ((x, Params4bit(torch.randn(96, 192))), "without state"),
+        ((x, changed(quant_type="int4")), "quant_type in"),
+        ((x, changed(shape=torch.Size([192]))), r"shape \[out, in\]"),
+        ((x, changed(shape=torch.Size([96, 193]))), "9216 bytes"),
+        ((x, changed(absmax=state.absmax.bfloat16())), "absmax in torch.uint8"),
+        ((x, changed(packing_format_for_cpu=True)), "ordinary storage"),
+        ((x, (trains, state)), "weight must be frozen"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            nf4_linear(*args)
+
+
+def test_empty_weights():
+    packed, state = quantise(96, 192)
+    for shape in ([0, 192], [96, 0]):
+        empty = copy.copy(state)
+        empty.shape = torch.Size(shape)
+        for rows in (1, 2):
+            x = torch.ones(rows, shape[1])
+            assert torch.equal(nf4_linear(x, (packed[:0], empty)), torch.zeros(rows, shape[0]))
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+def test_other_storage_dtypes(storage):
+    packed, state = quantise(96, 192)
+    x = torch.randn(2, 192)
+    want = nf4_linear(x, (packed, state))
+    assert torch.equal(nf4_linear(x, (packed.view(-1).view(storage)[:, None], state)), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda():
+    dense = torch.randn(96, 192, device="cuda", dtype=torch.bfloat16)
+    packed, state = bnb.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+    x = torch.randn(4, 192, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y, dx = both(lambda x: nf4_linear(x, (packed, state)), x, torch.ones_like(x[:, :96]))
+    w = bnb.dequantize_4bit(packed, state)
+    torch.testing.assert_close((y, dx), (x @ w.T, torch.ones_like(y) @ w))
+
+
+# ---- without the native part ----
+
+
+def test_a_missing_native_part_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastprompt._native", None)  # import raises ImportError
+    load = native._load.__wrapped__
+    with pytest.warns(UserWarning, match="native part is not usable .*torch serves"):
+        module, why = load()
+    assert module is None and "_native" in why
+
+
+def test_a_foreign_native_part_is_refused(monkeypatch):
+    foreign = type(sys)("fastprompt._native")
+    foreign.ABI, foreign.__file__ = -1, "old.so"
+    monkeypatch.setitem(sys.modules, "fastprompt._native", foreign)
+    with pytest.warns(UserWarning, match=r"another version: old\.so"):
+        assert native._load.__wrapped__()[0] is None
+
+
+def test_without_native(monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda: (None, "not built"))
+    assert not native.available() and native.isa() == "torch" and native.why_missing()
+    with pytest.raises(RuntimeError, match="not built"):
+        native.decode_4bit(torch.empty(2), torch.empty(1), torch.empty(16), torch.empty(1), 64)
