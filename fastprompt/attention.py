@@ -1,0 +1,249 @@
+"""fastprompt's attention and mask functions, as transformers' AttentionInterface calls them.
+
+Each attention module of a patched tower carries a `SideKeys`: a plain object, so that it adds no
+module cycle to ``state_dict`` and goes with the model through deepcopy and pickle. It turns the
+block's prompt into keys and values by *calling* the block's own norm and projections, so that 4-bit
+weights, LoRA and offload hooks keep working there.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastprompt import recorder
+from fastprompt.families import Block
+from fastprompt.ops import prompt_attention, reference
+from fastprompt.prompts import Prompt
+from fastprompt.rotation import rotate
+
+NAME = "fastprompt"
+ATTRIBUTE = "_fastprompt"
+
+
+@dataclass(eq=False)
+class SideKeys:
+    """What an attention module of a patched tower knows of its block."""
+
+    block: Block
+    prompt: Prompt | None  # None: a block without a prompt
+    previous: str  # the attention implementation that the tower had
+    backend: str = "auto"
+
+    def keys_values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[Hkv, P, d] each. Computed once per forward; kept while nothing changes in evaluation."""
+        block = self.block
+        tracked = torch.is_grad_enabled() and any(
+            p.requires_grad for m in (self.prompt, *block_modules(block)) for p in m.parameters()
+        )
+        if tracked or self.prompt.training or not self._may_cache():
+            return self._compute(dtype)
+        key = self._key(dtype)
+        kept = self.prompt.cached(key)
+        if kept is None:
+            # a tensor made under inference_mode could not be used in a later graph
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._compute(dtype)
+            self.prompt.keep(key, kept)
+        return kept
+
+    def _compute(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        block = self.block
+        # a batch axis of one: what modules and hooks of a block are used to
+        rows = block.norm(self.prompt.tokens.to(block.norm.weight.dtype)[None])
+        heads = (*rows.shape[:-1], -1, block.head_dim)
+        k, v = block.k_proj(rows).view(heads), block.v_proj(rows).view(heads)
+        if block.k_norm is not None:
+            k = block.k_norm(k)
+        k, v = k[0].transpose(0, 1), v[0].transpose(0, 1)  # [Hkv, P, d]
+        if block.rotary is not None:
+            k = rotate(k, block.rotary)
+        return k.to(dtype), v.to(dtype)
+
+    def _tensors(self) -> list[Tensor]:
+        rotary = [] if self.block.rotary is None else [self.block.rotary.inv_freq]
+        modules = (self.prompt, *block_modules(self.block))
+        return [p for module in modules for p in module.parameters()] + rotary
+
+    def _may_cache(self) -> bool:
+        tokens = self.prompt.tokens
+        if type(tokens) is not nn.Parameter or torch.compiler.is_compiling():
+            return False  # FSDP2 hands out DTensors
+        if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        return not any(t.is_inference() for t in self._tensors())  # they count no versions
+
+    def _key(self, dtype: torch.dtype) -> tuple:
+        """All that the kept keys and values depend on."""
+        tensors = self._tensors()
+        device = self.prompt.tokens.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        adapters = tuple(
+            str(
+                [
+                    getattr(m, name, None)
+                    for name in ("active_adapters", "merged", "disable_adapters")
+                ]
+            )
+            for m in block_modules(self.block)
+        )
+        versions = tuple((id(t), t.data_ptr(), t._version) for t in tensors)
+        return dtype, str(self.prompt.tokens.device), autocast, adapters, versions
+
+
+def block_modules(block: Block) -> list[nn.Module]:
+    """The modules that a prompt passes through."""
+    return [m for m in (block.norm, block.k_proj, block.v_proj, block.k_norm) if m is not None]
+
+
+# ---- the attention function ----
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the prompt of the module's block, if it has one, and its tokens.
+
+    Args:
+        query: [B, Hq, N, d]; key, value: [B, Hkv, M, d], the cache already applied.
+        attention_mask: what `attention_mask` below returned, or the caller's own 4-D mask.
+
+    Returns:
+        [B, N, Hq, d], and the probabilities [B, Hq, N, P+M], prompts first, where the model had
+        "eager" attention before it was patched (else None).
+    """
+    side: SideKeys = module.__dict__[ATTRIBUTE]
+    if kwargs.get("output_attentions") and side.previous != "eager":
+        raise ValueError(
+            "output_attentions: want a model that was loaded with attn_implementation='eager' "
+            f"before patching (this one had {side.previous!r})"
+        )
+    if is_causal is None:
+        # a decoder can be told by its config to look both ways
+        is_causal = getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
+    causal = bool(is_causal) and query.shape[2] > 1
+    masks = _as_options(attention_mask, causal, query.shape[0], query.shape[2])
+    if side.prompt is None and side.previous in ("eager", "sdpa"):
+        rest = dict(kwargs, dropout=dropout, scaling=scaling, is_causal=is_causal)
+        return _without_prompt(side.previous, module, query, key, value, masks, rest)
+
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = (t.to(dtype) for t in (query, key, value))
+    if side.prompt is None:
+        prompts = key.new_empty(2, key.shape[1], 0, key.shape[3]).unbind(0)
+    else:
+        prompts = side.keys_values(dtype)
+    inputs = (query, key, value, *prompts)
+    options = dict(masks, scale=scaling)
+    recorder.record(side.block.name, inputs, options)
+    if side.previous == "eager":
+        out, weights = reference.prompt_attention_with_weights(*inputs, dropout=dropout, **options)
+        return out.transpose(1, 2), weights
+    if dropout:
+        return _with_dropout(*inputs, dropout, options).transpose(1, 2), None
+    return prompt_attention(*inputs, backend=side.backend, **options).transpose(1, 2), None
+
+
+def _as_options(mask: Tensor | None, causal: bool, batch: int, queries: int) -> dict:
+    """The mask as `prompt_attention` takes it."""
+    if mask is None or mask.ndim == 2:
+        return dict(causal=causal, key_mask=None if mask is None else mask.bool())
+    if queries == 1 and mask.dtype == torch.bool and mask.shape[1] == 1:
+        seen = mask[:, 0, 0].expand(batch, -1)
+        return dict(causal=False, key_mask=seen)  # decoding with a static cache
+    return dict(causal=False, attn_mask=mask)  # a 4-D mask already holds causality
+
+
+def _without_prompt(previous, module, query, key, value, masks, rest):
+    """Send a block that has no prompt on to the implementation it had."""
+    shape = (query.shape[2], key.shape[2], query)
+    mask = None
+    if previous == "eager":
+        # the lowest number, as transformers writes it: a row of -inf would give NaN
+        mask = reference.additive_mask(*shape, **masks).clamp(min=torch.finfo(query.dtype).min)
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[previous]
+        if any(masks.get(name) is not None for name in ("key_mask", "attn_mask")):
+            mask = reference.additive_mask(*shape, **masks)
+    return function(module, query, key, value, mask, **rest)
+
+
+def _with_dropout(query, key, value, prompt_k, prompt_v, dropout, options) -> Tensor:
+    """Concatenated: a softmax in two parts cannot drop what SDPA drops from the whole row."""
+    B, P = query.shape[0], prompt_k.shape[1]
+    scale = options.pop("scale")
+    mask = reference.additive_mask(query.shape[2], key.shape[2], query, **options)
+    key, value = (
+        torch.cat([prompt.expand(B, -1, -1, -1), x], dim=2)
+        for prompt, x in ((prompt_k, key), (prompt_v, value))
+    )
+    return F.scaled_dot_product_attention(
+        query, key, value, F.pad(mask, (P, 0)), dropout_p=dropout, scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+# ---- the mask function ----
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs,
+) -> Tensor | None:
+    """The mask for `attention_forward`, as small as the pattern allows.
+
+    Returns:
+        Where the pattern is causal (aligned at the last key) or full: the padding mask [B, M]
+        bool, or None without padding. Else [B, 1, N, M] bool.
+    """
+    # shorter than the window, a local pattern is a causal one
+    causal = mask_function is causal_mask_function or (
+        allow_is_causal_skip and local_size is not None and kv_length < local_size
+    )
+    # a static cache is longer than what it holds, so its last key is not the last query's
+    at_the_end = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    if mask_function is bidirectional_mask_function or (causal and at_the_end):
+        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        return None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
+    return sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+        kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+        local_size=local_size, allow_is_causal_skip=False, **kwargs,
+    )  # fmt: skip
+
+
+def register() -> None:
+    """Make "fastprompt" known to transformers; twice does no harm."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+    assert NAME in ALL_MASK_ATTENTION_FUNCTIONS

@@ -1,0 +1,127 @@
+"""The few things a patched model does around its towers, as hooks that deepcopy and pickle keep."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastprompt.families import Tower
+
+
+class CountFromText:
+    """Forward pre-hook of a rotary language model: positions count from each row's first token.
+
+    A plain forward of transformers lets a left-padded row start at the padding; prompts at
+    positions -P .. -1 would then stand before the padding. Base logits do not change (rotary scores
+    depend on differences alone), and `generate` does the same itself.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        mask, embeds = given.get("attention_mask"), given.get("inputs_embeds")
+        tokens = embeds if embeds is not None else given.get("input_ids")
+        if given.get("position_ids") is not None or tokens is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < tokens.shape[1]:
+            return None
+        padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+        positions = (torch.arange(mask.shape[1], device=mask.device) - padding).clamp(min=0)
+        positions = positions[:, -tokens.shape[1] :].to(tokens.device)
+        return (), given | {"position_ids": positions}
+
+
+@dataclass(eq=False)
+class GradIntoFirstBlock:
+    """Forward hook of a tower's embeddings: under reentrant checkpointing their output wants grad.
+
+    Reentrant checkpointing gives no gradient at all to a segment none of whose inputs wants one,
+    and a frozen tower's first block is such a segment.
+    """
+
+    tower: Tower
+    told: bool = False
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        layer = self.tower.blocks[0].layer
+        if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+            return
+        options = getattr(layer._gradient_checkpointing_func, "keywords", {})
+        reentrant = options.get("use_reentrant") is not False
+        if reentrant and torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_(True)
+            if not self.told:
+                self.told = True
+                warnings.warn(
+                    f"reentrant checkpointing: the input of {self.tower.name}'s first "
+                    "block now wants a gradient, or its prompts would get none; "
+                    "use_reentrant=False spares that work",
+                    stacklevel=2,
+                )
+
+
+@dataclass(eq=False)
+class Tap:
+    """Whether the model that taps a vision tower is running its own forward right now.
+
+    Attributes:
+        layer: the ``vision_feature_layer`` at patching; unread blocks are past it.
+        skipping: for each forward under way, whether it reads no deeper than that.
+    """
+
+    layer: int | list[int]
+    skipping: list[bool] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class EnterHost:
+    """Forward pre-hook of the vision-language model."""
+
+    tap: Tap
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        # a caller (or a config changed since) that taps another layer needs the unread blocks
+        asked = kwargs.get("vision_feature_layer")
+        asked = module.config.vision_feature_layer if asked is None else asked
+        self.tap.skipping.append(asked == self.tap.layer)
+
+
+@dataclass(eq=False)
+class LeaveHost:
+    """Forward hook of the vision-language model, called even when its forward raised."""
+
+    tap: Tap
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if self.tap.skipping:
+            self.tap.skipping.pop()
+
+
+@dataclass(eq=False)
+class RunIfRead:
+    """Stands in for ``layer.forward`` of a block whose output nothing reads inside the host."""
+
+    layer: nn.Module
+    tap: Tap
+    replaced: Callable | None  # a forward that stood on the layer itself (accelerate's)
+
+    @classmethod
+    def put_on(cls, layer: nn.Module, tap: Tap) -> "RunIfRead":
+        layer.forward = made = cls(layer, tap, vars(layer).get("forward"))
+        return made
+
+    def undo(self) -> None:
+        if self.replaced is not None:
+            self.layer.forward = self.replaced
+        else:
+            vars(self.layer).pop("forward", None)
+
+    def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        if self.tap.skipping and self.tap.skipping[-1]:
+            return hidden_states
+        if self.replaced is not None:
+            return self.replaced(hidden_states, *args, **kwargs)
+        return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)

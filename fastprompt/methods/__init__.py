@@ -1,0 +1,36 @@
+"""The published methods, one file each."""
+
+from fastprompt.families import TEXT, VISION, Anatomy
+from fastprompt.methods.base import DeepPrompts, Method
+from fastprompt.methods.m2pt import M2PT
+from fastprompt.methods.vpt import VPT
+
+__all__ = ["M2PT", "VPT", "DeepPrompts", "Method", "default_for", "from_card"]
+
+_BY_NAME = {cls.__name__: cls for cls in (M2PT, VPT, DeepPrompts)}
+
+
+def default_for(anatomy: Anatomy) -> Method:
+    """M2PT for a vision-language model, VPT-deep for a vision model, else deep prompts."""
+    kinds = {tower.kind for tower in anatomy.towers}
+    if "projector" in anatomy.parts:
+        return M2PT()
+    if kinds == {VISION}:
+        return VPT()
+    return DeepPrompts(vision=10 * (VISION in kinds), text=10 * (TEXT in kinds))
+
+
+def from_card(card: dict) -> Method:
+    """The method that wrote a checkpoint's card.
+
+    Raises:
+        ValueError: a method, or an option of one, that this version does not know.
+    """
+    options = {**card}
+    cls = _BY_NAME.get(options.pop("name", None))
+    if cls is None:
+        raise ValueError(f"method: want one of {', '.join(_BY_NAME)}; got {card.get('name')!r}")
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise ValueError(f"method {cls.__name__}: {error}") from error

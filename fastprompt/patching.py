@@ -1,0 +1,296 @@
+"""`patch(model)`: give a frozen transformers model trainable prompts, in place, reversibly."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fastprompt import attention, families, hooks, linear4bit, reporting, trainer
+from fastprompt.families import Anatomy, Block, Tower
+from fastprompt.methods import Method, default_for
+from fastprompt.ops.prompt_attention import BACKENDS
+from fastprompt.prompts import Prompt
+from fastprompt.trained import trained_copy
+
+ATTRIBUTE = "_fastprompt_patch"
+CHILD = "fastprompt"  # the prompt's name in its layer
+
+
+@dataclass(eq=False)
+class Patch:
+    """What `patch` did to one model, and the way back.
+
+    Attributes:
+        model, method, anatomy: what was patched, with what, and how it was taken apart.
+        replaced: module name -> what stands there now.
+        skipped: module name -> why it was left alone.
+        backend: which implementation of `ops.prompt_attention` runs.
+    """
+
+    model: PreTrainedModel
+    method: Method
+    anatomy: Anatomy
+    backend: str = "auto"
+    replaced: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    _names: list[str] = field(default_factory=list)  # of the parameters that train
+    _undo: list[tuple[str, Any]] = field(default_factory=list)  # newest last
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of everything that trains."""
+        return {name: self.model.get_parameter(name) for name in self._names}
+
+    @property
+    def prompts(self) -> dict[str, Prompt]:
+        """Module name -> prompt, in the order of the blocks."""
+        return {
+            f"{block.name}.{CHILD}": getattr(block.layer, CHILD)
+            for tower in self.anatomy.towers
+            for block in tower.blocks
+            if hasattr(block.layer, CHILD)
+        }
+
+    def report(self) -> str:
+        """What was replaced, what was skipped and why, and what trains, as text."""
+        return reporting.report(self)
+
+    def refresh(self) -> None:
+        """Forget cached prompt keys and values: after a write through ``.data``."""
+        for prompt in self.prompts.values():
+            prompt.refresh()
+
+    def undo(self) -> None:
+        """Give the exact old model back: modules, values, requires_grad flags and config.
+
+        What was trained is lost; `fastprompt.save` it before.
+        """
+        while self._undo:
+            step, what = self._undo.pop()
+            _UNDO[step](what)
+        self._names.clear()
+        self.model.__dict__.pop(ATTRIBUTE, None)
+
+
+def patch(model: PreTrainedModel, method: Method | None = None, *, backend: str = "auto") -> Patch:
+    """Give ``model`` trainable prompts; everything that the method does not name is frozen.
+
+    The model stays the same object with the same forward, masks, caches and ``generate``. Inside
+    each block the prompt acts as additional keys and values (exactly what writing prompt rows
+    before every block computes), so no sequence gets longer.
+
+    Args:
+        model: a transformers model, dense or 4-bit (bitsandbytes), not yet wrapped by DDP, PEFT
+            or torch.compile: patch first, wrap after.
+        method: of `fastprompt.methods`. None picks by architecture: M2PT for a vision-language
+            model, VPT-deep for a vision model, deep prompts for a language model.
+        backend: of `fastprompt.ops.prompt_attention`.
+
+    Returns:
+        The `Patch`, also kept on the model: ``.report()``, ``.trainable``, ``.undo()``.
+
+    Raises:
+        ValueError: a model or an option that is not served; the model is then as it was.
+    """
+    _check_model(model)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {backend!r}")
+    anatomy = families.anatomy(model)
+    if method is not None and not isinstance(method, Method):
+        raise ValueError(f"method: want one of fastprompt.methods, got {method!r}")
+    method = default_for(anatomy) if method is None else method
+    method.check(anatomy)
+    _check_devices(anatomy)
+
+    done = Patch(model, method, anatomy, backend)
+    try:
+        _apply(done)
+    except BaseException:
+        done.undo()  # never half a patch
+        raise
+    return done
+
+
+def patch_of(model: nn.Module) -> Patch:
+    """The patch that a model carries.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    found = vars(model).get(ATTRIBUTE)
+    if found is None:
+        raise ValueError(f"{type(model).__name__}: want a patched model, got one without a patch")
+    return found
+
+
+def _check_model(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if ATTRIBUTE in getattr(model, "__dict__", {}):
+        raise ValueError(f"{kind} is patched already: patch.undo() first")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(f"{kind}: want the model itself; patch first, then torch.compile")
+    if hasattr(model, "peft_config") or kind.startswith("Peft"):
+        raise ValueError(f"{kind}: want a model without PEFT adapters (not served yet)")
+    if hasattr(model, "module") and not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{kind}: want the model inside; patch first, then wrap it (DDP, FSDP)")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"want a transformers PreTrainedModel, got {kind}")
+    inner = next((n for n, m in model.named_modules() if ATTRIBUTE in vars(m)), None)
+    if inner is not None:
+        raise ValueError(f"{kind}: its part {inner!r} is patched already: undo that patch first")
+
+
+def _check_devices(anatomy: Anatomy) -> None:
+    for tower in anatomy.towers:
+        for block in tower.blocks:
+            if block.norm.weight.device.type == "meta":
+                raise ValueError(
+                    f"{block.name}: want weights on a device, got offloaded ones (not served yet)"
+                )
+
+
+# ---- the steps, each leaving its own way back ----
+
+
+def _apply(done: Patch) -> None:
+    model, method = done.model, done.method
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    done._undo.append(("requires_grad", flags))
+    model.requires_grad_(False)
+
+    adopted = linear4bit.adopt(model)
+    done._undo.append(("linear4bit", adopted))
+    for part in method.trains():
+        if part in done.anatomy.parts:
+            _train(done, part, done.anatomy.parts[part])
+
+    lengths = method.lengths()
+    prompted = [t for t in done.anatomy.towers if lengths.get(t.kind) and t.blocks]
+    for tower in prompted:
+        for block in tower.blocks:
+            _add_prompt(done, block, lengths[tower.kind])
+        for block in tower.unread:
+            done.skipped[block.name] = "nothing reads its output: no prompt, and not run by LLaVA"
+    for tower in done.anatomy.towers:
+        if tower not in prompted:
+            done.skipped[tower.name or tower.family] = f"0 {tower.kind} tokens asked for"
+
+    _switch_configs(done, prompted)
+    for tower in prompted:
+        _add_hooks(done, tower)
+    _skip_unread(done)
+    done._undo.append(("trainer", trainer.attach(model)))
+    model.__dict__[ATTRIBUTE] = done
+
+
+def _train(done: Patch, part: str, name: str) -> None:
+    model = done.model
+    parent, _, child = name.rpartition(".")
+    old = model.get_submodule(name)
+    new = trained_copy(old)
+    done._undo.append(("module", (model.get_submodule(parent), child, old)))
+    setattr(model.get_submodule(parent), child, new)
+    done._names += [f"{name}.{n}" for n, _ in new.named_parameters()]
+    low = [n for n, m in old.named_modules() if type(m) is not type(new.get_submodule(n))]
+    done.replaced[name] = f"{part}, trains" + (" as a float32 copy" if low else "")
+
+
+def _add_prompt(done: Patch, block: Block, length: int) -> None:
+    weight = block.norm.weight
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    tokens = torch.empty(length, block.width, dtype=dtype, device=weight.device)
+    done._undo.append(("prompt", block.layer))
+    prompt = Prompt(done.method.init_(tokens)).train(block.layer.training)
+    block.layer.add_module(CHILD, prompt)
+    done._names.append(f"{block.name}.{CHILD}.tokens")
+    done.replaced[block.name] = f"{length} prompt rows as side keys"
+
+
+def _switch_configs(done: Patch, towers: list[Tower]) -> None:
+    """Give the model configs of its own (two models may share one) and switch the towers'."""
+    model = done.model
+    memo: dict[int, Any] = {}  # a config that several modules share stays shared among them
+    for module in model.modules():
+        for key, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                done._undo.append(("attribute", (module, key, value)))
+                setattr(module, key, copy.deepcopy(value, memo))
+    if "lm_head" in done.method.trains():
+        # its copy must not be tied to the frozen embeddings again
+        done._undo.append(
+            ("attribute", (model, "all_tied_weights_keys", model.all_tied_weights_keys))
+        )
+        model.all_tied_weights_keys, model.config.tie_word_embeddings = {}, False
+    for tower in towers:
+        previous = tower.model.config._attn_implementation or "eager"
+        for block in [*tower.blocks, *tower.unread]:
+            prompt = getattr(block.layer, CHILD, None)
+            side = attention.SideKeys(block, prompt, previous, done.backend)
+            vars(block.attention)[attention.ATTRIBUTE] = side
+            done._undo.append(("side keys", block.attention))
+            # not the property: that would also switch the config's other parts
+            block.attention.config._attn_implementation_internal = attention.NAME
+        tower.model.config._attn_implementation_internal = attention.NAME
+
+
+def _add_hooks(done: Patch, tower: Tower) -> None:
+    handles = [tower.embeddings.register_forward_hook(hooks.GradIntoFirstBlock(tower))]
+    if tower.rotary is not None:
+        count = hooks.CountFromText()
+        handles.append(tower.model.register_forward_pre_hook(count, with_kwargs=True))
+    done._undo.append(("hooks", handles))
+
+
+def _skip_unread(done: Patch) -> None:
+    host = done.anatomy.host
+    unread = [block for tower in done.anatomy.towers for block in tower.unread]
+    if host is None or not unread:
+        return
+    tap = hooks.Tap(host.config.vision_feature_layer)
+    for block in unread:
+        done._undo.append(("forward", hooks.RunIfRead.put_on(block.layer, tap)))
+    leave = dict(with_kwargs=True, always_call=True)
+    handles = [
+        host.register_forward_pre_hook(hooks.EnterHost(tap), with_kwargs=True),
+        host.register_forward_hook(hooks.LeaveHost(tap), **leave),
+    ]
+    done._undo.append(("hooks", handles))
+
+
+def _restore_flags(flags: list[tuple[nn.Parameter, bool, Tensor | None]]) -> None:
+    for p, requires_grad, grad in flags:
+        p.requires_grad_(requires_grad)
+        p.grad = grad
+
+
+def _put_back(what: tuple[nn.Module, str, nn.Module]) -> None:
+    """The original of a trained part, where the model is by now and in the mode it is in."""
+    parent, child, old = what
+    new = getattr(parent, child)
+    device = next(new.parameters()).device
+    if next(old.parameters()).device != device:
+        old.to(device)
+    setattr(parent, child, old.train(new.training))
+
+
+def _remove(handles: list) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+_UNDO = {
+    "requires_grad": _restore_flags,
+    "linear4bit": linear4bit.release,
+    "module": _put_back,
+    "attribute": lambda what: setattr(*what),
+    "prompt": lambda layer: layer._modules.pop(CHILD, None),
+    "side keys": lambda module: vars(module).pop(attention.ATTRIBUTE, None),
+    "forward": hooks.RunIfRead.undo,
+    "hooks": _remove,
+    "trainer": trainer.detach,
+}

@@ -1,0 +1,68 @@
+"""`Patch.report()` as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fastprompt import native
+
+if TYPE_CHECKING:
+    from fastprompt.patching import Patch
+
+
+def report(patch: Patch) -> str:
+    """One screen: the towers, what trains, what is frozen and how, what was skipped."""
+    model, lengths = patch.model, patch.method.lengths()
+    lines = [f"fastprompt: {patch.method} on {type(model).__name__}", "", "towers"]
+    for tower in patch.anatomy.towers:
+        rows, depth = lengths.get(tower.kind, 0), len(tower.blocks) + len(tower.unread)
+        what = (
+            f"{rows} prompt rows × {len(tower.blocks)} of {depth} blocks" if rows else "no prompts"
+        )
+        lines.append(f"  {tower.kind:<8}{tower.family:<10}{what}  ({tower.name or 'the model'})")
+        dropout = getattr(tower.blocks[0].attention, "attention_dropout", 0) if tower.blocks else 0
+        if rows and isinstance(dropout, float) and dropout > 0:
+            lines.append(
+                f"  attention dropout {dropout}: in training, keys are concatenated for SDPA"
+            )
+
+    trained = {name: p.numel() for name, p in patch.trainable.items()}
+    prompts = sum(n for name, n in trained.items() if name.endswith(".fastprompt.tokens"))
+    total = count(model)
+    lines += ["", f"trains  {sum(trained.values()):,} of {total:,} parameters"]
+    lines[-1] += f" ({100 * sum(trained.values()) / max(1, total):.3f}%)"
+    lines.append(f"  prompts  {prompts:,}")
+    for name, what in patch.replaced.items():
+        size = sum(n for key, n in trained.items() if key.startswith(f"{name}."))
+        if "trains" in what:
+            lines.append(f"  {name}  {size:,}  ({what})")
+
+    four_bit = [m for m in model.modules() if is_4bit(m)]
+    lines += ["", f"frozen  {total - sum(trained.values()):,} parameters"]
+    if four_bit:
+        lines[-1] += f", {sum(map(_numel, four_bit)):,} of them in 4-bit ({len(four_bit)} layers)"
+        how = f"decoded by csrc ({native.isa()})" if native.available() else "decoded by torch"
+        lines.append(
+            f"  on the CPU  {how}" + ("" if native.available() else f": {native.why_missing()}")
+        )
+    lines += ["", f"attention backend  {patch.backend}"]
+    if patch.skipped:
+        lines += ["", "skipped", *(f"  {name}: {why}" for name, why in patch.skipped.items())]
+    return "\n".join(lines)
+
+
+def count(model: nn.Module) -> int:
+    """Numbers in a model, shared ones once; a packed 4-bit weight counts what it decodes to."""
+    packed = {id(m.weight): _numel(m) for m in model.modules() if is_4bit(m)}
+    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
+
+
+def is_4bit(module: nn.Module) -> bool:
+    """Whether the module is a linear layer with a packed 4-bit weight."""
+    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+
+
+def _numel(linear: nn.Linear) -> int:
+    return linear.in_features * linear.out_features

@@ -1,0 +1,27 @@
+"""Rotary positions of prompts: -P .. -1, just before the first token."""
+
+import torch
+from torch import Tensor, nn
+
+
+def rotate(k: Tensor, rotary: nn.Module) -> Tensor:
+    """Rotate prompt keys [Hkv, P, d] (half-split layout, as transformers' text models have it).
+
+    Scores depend on differences of positions alone, so this equals giving the prompts 0 .. P-1 and
+    the tokens P and on. The rotary module is not called: dynamic and long-context ones change
+    state by the positions they are shown. Its frequencies and scaling are used as its last call on
+    tokens left them.
+    """
+    # as wide as transformers computes them, and in float64 when the model's own buffer is
+    wide = torch.promote_types(rotary.inv_freq.dtype, torch.float32)
+    positions = torch.arange(-k.shape[-2], 0, device=k.device, dtype=wide)
+    angles = positions[:, None] * rotary.inv_freq.to(device=k.device, dtype=wide)
+    cos, sin = (
+        torch.cat([f(angles)] * 2, dim=-1) * rotary.attention_scaling
+        for f in (torch.cos, torch.sin)
+    )
+    cos, sin = cos.to(k.dtype), sin.to(k.dtype)
+    turned, rest = k[..., : cos.shape[-1]], k[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, rest], dim=-1)
