@@ -1,0 +1,87 @@
+"""What a benchmark is, and which there are."""
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+WHERE = {  # name -> module:attribute, imported when it is asked for
+    "prompt_attention": "benchmarks.prompt_attention:BENCHMARK",
+    "decode_4bit": "benchmarks.decode_4bit:DECODE",
+    "nf4_linear": "benchmarks.decode_4bit:PRODUCT",
+}
+
+
+def load(name: str) -> "Benchmark":
+    return pkgutil.resolve_name(WHERE[name])
+
+
+class NotMeasured(Exception):
+    """Raised by a provider (or a whole case) that cannot run here; its text is the reason."""
+
+
+class Step(NamedTuple):
+    """One thing to be timed."""
+
+    run: Callable[[], tuple]  # all of it is timed, and no more than it
+    results: Callable[[tuple], dict[str, Tensor]]  # what `run` gave, by the names of the judge
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the work of a benchmark.
+
+    Attributes:
+        build: (case, mode) -> Step. What a user would do once, such as making a mask, is done here.
+        about: one line for ``--list``.
+        ours: an error is a failure of the run; anyone else's is a reason not to be measured.
+        compiles: waits for a compiler, so ``--quick`` leaves it out unless it is named.
+        exempt: why its results are not compared; empty if they are.
+    """
+
+    build: Callable[[Any, str], Step]
+    about: str
+    ours: bool = False
+    compiles: bool = False
+    exempt: str = ""
+
+
+class Verdict(NamedTuple):
+    """The result that is worst against its limit, and by how much: above 1 (or NaN) is wrong."""
+
+    name: str
+    share: float
+
+    @property
+    def right(self) -> bool:
+        return self.share <= 1  # NaN is not
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Providers that do the same work on named shapes.
+
+    Attributes:
+        modes: what is timed, each for itself (forward, forward and backward, ...).
+        dtypes: those that ``--dtype`` may name, by device; the first is the default.
+        baseline: the provider whose time the others are set against.
+        shapes: (device, quick) -> {model name: shape}; empty where it has none. A shape is a
+            dataclass with a short str().
+        case: (shape, dtype, device) -> the tensors of one shape, and what `judge` needs.
+        judge: (case, mode, results) -> Verdict.
+        cost: (shape, mode, itemsize) -> (bytes, FLOPs) that no way of doing it can avoid, or None.
+    """
+
+    name: str
+    about: str
+    modes: tuple[str, ...]
+    dtypes: Mapping[str, tuple[str, ...]]
+    baseline: str
+    shapes: Callable[[str, bool], dict[str, Any]]
+    case: Callable[[Any, torch.dtype, str], Any]
+    judge: Callable[[Any, str, dict[str, Tensor]], Verdict]
+    providers: dict[str, Provider]
+    cost: Callable[[Any, str, int], tuple[int, int]] | None = None
