@@ -194,15 +194,20 @@ def _check(path: Path, card: dict, tensors: dict[str, Tensor], done: Patch, meth
             f"{path}: was trained on {base['class']} {base['name']!r}; "
             f"this {type(done.model).__name__} has other weights"
         )
+    check_tensors(str(path), tensors, done)
+
+
+def check_tensors(where: str, tensors: dict[str, Tensor], done: Patch) -> None:
+    """Raises ValueError unless ``tensors`` are those that train, each of its parameter's shape."""
     trainable = done.trainable
     missing, unknown = trainable.keys() - tensors.keys(), tensors.keys() - trainable.keys()
     if missing or unknown:
         raise ValueError(
-            f"{path}: want {sorted(trainable)[:3]}… ({len(trainable)} tensors); "
+            f"{where}: want {sorted(trainable)[:3]}… ({len(trainable)} tensors); "
             f"missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}"
         )
     for name, p in trainable.items():
         if tensors[name].shape != p.shape:
             raise ValueError(
-                f"{path}: {name}: want {list(p.shape)}, got {list(tensors[name].shape)}"
+                f"{where}: {name}: want {list(p.shape)}, got {list(tensors[name].shape)}"
             )

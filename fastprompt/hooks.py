@@ -35,32 +35,64 @@ class CountFromText:
 
 
 @dataclass(eq=False)
+class StillSwitchedOn:
+    """Forward pre-hook of a tower: its blocks still call fastprompt's attention function.
+
+    ``model.set_attn_implementation`` after patching would switch the prompts off, silently.
+    """
+
+    tower: Tower
+    name: str
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        for config in (self.tower.model.config, self.tower.blocks[0].attention.config):
+            if config._attn_implementation != self.name:
+                raise ValueError(
+                    f"{self.tower.name or self.tower.family}: want attention {self.name!r}, or no "
+                    f"prompt would be seen; got {config._attn_implementation!r}, set after "
+                    "patching: patch.undo() first, or set it before patching"
+                )
+
+
+@dataclass(eq=False)
 class GradIntoFirstBlock:
-    """Forward hook of a tower's embeddings: under reentrant checkpointing their output wants grad.
+    """Under reentrant checkpointing, the input of a tower's first block wants a gradient.
 
     Reentrant checkpointing gives no gradient at all to a segment none of whose inputs wants one,
-    and a frozen tower's first block is such a segment.
+    and a frozen tower's first block is such a segment. A forward hook of the tower's embeddings;
+    `given` is a forward pre-hook of the tower, for embeddings that the caller made.
     """
 
     tower: Tower
     told: bool = False
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self._wanted(output):
+            output.requires_grad_(True)
+
+    def given(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None or not self._wanted(embeds):
+            return None
+        return args, kwargs | {"inputs_embeds": embeds.detach().requires_grad_(True)}
+
+    def _wanted(self, embeddings: Tensor) -> bool:
         layer = self.tower.blocks[0].layer
         if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
-            return
+            return False
         options = getattr(layer._gradient_checkpointing_func, "keywords", {})
         reentrant = options.get("use_reentrant") is not False
-        if reentrant and torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_(True)
-            if not self.told:
-                self.told = True
-                warnings.warn(
-                    f"reentrant checkpointing: the input of {self.tower.name}'s first "
-                    "block now wants a gradient, or its prompts would get none; "
-                    "use_reentrant=False spares that work",
-                    stacklevel=2,
-                )
+        if not reentrant or not torch.is_grad_enabled() or embeddings.requires_grad:
+            return False
+        if not self.told:
+            self.told = True
+            warnings.warn(
+                f"reentrant checkpointing: the input of {self.tower.name}'s first "
+                "block now wants a gradient, or its prompts would get none; "
+                "use_reentrant=False spares that work",
+                stacklevel=2,
+            )
+        return True
 
 
 @dataclass(eq=False)

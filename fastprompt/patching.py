@@ -174,11 +174,14 @@ def _apply(done: Patch) -> None:
     for tower in prompted:
         for block in tower.blocks:
             _add_prompt(done, block, lengths[tower.kind])
-        for block in tower.unread:
-            done.skipped[block.name] = "nothing reads its output: no prompt, and not run by LLaVA"
     for tower in done.anatomy.towers:
         if tower not in prompted:
-            done.skipped[tower.name or tower.family] = f"0 {tower.kind} tokens asked for"
+            none = (
+                f"0 {tower.kind} tokens asked for" if tower.blocks else "no block's output is read"
+            )
+            done.skipped[tower.name or tower.family] = none
+        for block in tower.unread:
+            done.skipped[block.name] = "nothing reads its output: no prompt, and not run by LLaVA"
 
     _switch_configs(done, prompted)
     for tower in prompted:
@@ -239,7 +242,15 @@ def _switch_configs(done: Patch, towers: list[Tower]) -> None:
 
 
 def _add_hooks(done: Patch, tower: Tower) -> None:
-    handles = [tower.embeddings.register_forward_hook(hooks.GradIntoFirstBlock(tower))]
+    first, switched_on = (
+        hooks.GradIntoFirstBlock(tower),
+        hooks.StillSwitchedOn(tower, attention.NAME),
+    )
+    handles = [
+        tower.embeddings.register_forward_hook(first),
+        tower.model.register_forward_pre_hook(first.given, with_kwargs=True),
+        tower.model.register_forward_pre_hook(switched_on),
+    ]
     if tower.rotary is not None:
         count = hooks.CountFromText()
         handles.append(tower.model.register_forward_pre_hook(count, with_kwargs=True))

@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 _MARK = "_hf_peft_config_loaded"
 _QUIET = "_keys_to_ignore_on_save"
 _MISSING = object()
+TOKENS = "fastprompt.tokens"
 
 
 class SaveWhatTrains:
@@ -34,19 +35,38 @@ class SaveWhatTrains:
             checkpoint.save(self.model, save_directory, weights=SAFE_WEIGHTS_NAME)
 
 
-def attach(model: nn.Module) -> tuple[nn.Module, dict]:
+def check_resumed(model: nn.Module, state: dict, prefix: str, *rest) -> None:
+    """Before ``load_state_dict``: prompts of another method or length raise a ValueError.
+
+    Trainer resumes with ``strict=False``, which would take a part of them. A state without
+    prompts (the base model's own) is not ours to check.
+    """
+    from fastprompt import checkpoint, patching
+
+    if not vars(model).get(patching.ATTRIBUTE):
+        return
+    done = patching.patch_of(model)
+    names = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    if any(name.endswith(TOKENS) for name in names):
+        ours = {n: t for n, t in names.items() if n in done.trainable or n.endswith(TOKENS)}
+        checkpoint.check_tensors("the state to load", ours, done)
+
+
+def attach(model: nn.Module) -> tuple[nn.Module, dict, object]:
     """Returns what `detach` takes."""
+    handle = model.register_load_state_dict_pre_hook(check_resumed)
     kept = {name: vars(model).get(name, _MISSING) for name in (_MARK, _QUIET, "save_pretrained")}
     model.save_pretrained = SaveWhatTrains(model)
     if getattr(model, "is_quantized", False):
         setattr(model, _MARK, True)
     # what a checkpoint may lack without Trainer's warning
     setattr(model, _QUIET, _frozen_keys(model))
-    return model, kept
+    return model, kept, handle
 
 
-def detach(attached: tuple[nn.Module, dict]) -> None:
-    model, kept = attached
+def detach(attached: tuple[nn.Module, dict, object]) -> None:
+    model, kept, handle = attached
+    handle.remove()
     for name, value in kept.items():
         if value is not _MISSING:
             setattr(model, name, value)

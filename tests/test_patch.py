@@ -360,3 +360,41 @@ def test_one_mask_for_the_whole_batch():
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         masked = model(input_ids=ids, attention_mask=mask).logits
         torch.testing.assert_close(masked, model(input_ids=ids).logits)
+
+
+def test_an_attention_set_after_patching_is_refused_at_the_forward():
+    """It would switch the prompts off without a word."""
+    model, given = tiny.build("llava"), tiny.inputs("llava")
+    with torch.no_grad():
+        before = model(**given).logits
+        patch = fastprompt.patch(model)
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(ValueError, match=r"want attention 'fastprompt'.*got 'sdpa', set after"):
+            model(**given)
+        patch.undo()
+        assert torch.equal(model(**given).logits, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*reentrant.*")
+def test_reentrant_checkpointing_of_embeddings_that_the_caller_made():
+    model, ids = tiny.build("llama").train(), tiny.inputs("llama")["input_ids"]
+    patch, gradients = fastprompt.patch(model), []
+    embeds = model.get_input_embeddings()(ids).detach()
+    for reentrant in (None, True):
+        if reentrant:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        model(inputs_embeds=embeds).logits.square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in patch.trainable.items()})
+        model.zero_grad()
+    assert not embeds.requires_grad  # the caller's tensor stays as it is
+    for name, plain in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], plain)
+
+
+def test_a_tower_none_of_whose_blocks_is_read_says_so():
+    model = tiny.build("llava")
+    model.config.vision_feature_layer = model.model.config.vision_feature_layer = -4  # embeddings
+    patch = fastprompt.patch(model)
+    assert "model.vision_tower: no block's output is read" in patch.report().replace("\n    ", " ")
+    with torch.no_grad():
+        model(**tiny.inputs("llava"))

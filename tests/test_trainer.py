@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import fastprompt
+from fastprompt.methods import DeepPrompts
 
 NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 NO_BITSANDBYTES = find_spec("bitsandbytes") is None
@@ -124,6 +125,30 @@ def test_best_model_and_gradient_checkpointing(kind, folders, tmp_path):
     best = trainer.state.best_model_checkpoint
     with safe_open(f"{best}/model.safetensors", framework="pt") as file:
         assert all(torch.equal(file.get_tensor(n), p) for n, p in patch.trainable.items())
+
+
+def test_resuming_from_prompts_of_another_length_is_refused(folders, tmp_path):
+    model = AUTO["llama"].from_pretrained(folders / "llama")
+    fastprompt.patch(model, DeepPrompts(text=5))
+    Trainer(model, arguments(tmp_path, max_steps=3), train_dataset=rows("llama")).train()
+    for text, message in ((4, "want \\[4, 32\\], got \\[5, 32\\]"), (0, "unknown")):
+        model = AUTO["llama"].from_pretrained(folders / "llama")
+        patch = fastprompt.patch(model, DeepPrompts(text=text))
+        before = {n: p.detach().clone() for n, p in patch.trainable.items()}
+        trainer = Trainer(model, arguments(tmp_path), train_dataset=rows("llama"))
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=True)
+        assert all(torch.equal(p, before[n]) for n, p in patch.trainable.items())
+
+
+def test_a_whole_state_dict_still_loads(folders):
+    model, patch = fresh(folders, "llava", "dense")
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    with torch.no_grad():
+        for p in patch.trainable.values():
+            p.zero_()
+    model.load_state_dict(state)
+    assert all(torch.equal(p, state[n]) for n, p in patch.trainable.items())
 
 
 def test_undo_takes_the_trainer_glue_away(folders, tmp_path):

@@ -87,11 +87,8 @@ def main() -> None:
         patch.undo()
     training = sum(history.seconds for history in histories.values())
     results |= table.blind(pupils, watched, exam)
-    with console.status("racing one training step against concatenation, a process each"):
-        raced = race(prompts, recipe, given.cache, steps=3, threads=given.threads)
     plots.training_plot(histories, out / "training.png")
-
-    facts = dict(
+    record = dict(
         command=" ".join(["python -m fastprompt.demo", *sys.argv[1:]]),
         machine=f"{platform.processor() or platform.machine()}, {given.threads} threads",
         native=native.isa(),
@@ -99,22 +96,25 @@ def main() -> None:
         recipe=asdict(recipe),
         training_seconds={name: round(h.seconds, 1) for name, h in histories.items()},
         download_seconds=round(fetched - started, 1),
-        total_seconds=round(time.perf_counter() - fetched, 1),
-    )
-    record = dict(
-        facts,
         scores={name: asdict(score) for name, score in results.items()},
-        race=raced,
         generate_agrees=agreement,
         attention_to_prompts=attention,
         losses={name: h.losses for name, h in histories.items()},
     )
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write(record, out)  # what was trained is kept even if the race is not run to its end
+    with console.status("racing one training step against concatenation, a process each"):
+        raced = race(prompts, recipe, given.cache, steps=3, threads=given.threads)
+    record |= dict(race=raced, total_seconds=round(time.perf_counter() - fetched, 1))
+    write(record, out)
     table.show(console, results, raced, agreement)
     console.print(
-        f"training {training:.0f} s, all {facts['total_seconds']:.0f} s (downloads apart); wrote "
+        f"training {training:.0f} s, all {record['total_seconds']:.0f} s (downloads apart); wrote "
         f"{out}/prompts, results.json, training.png, attention.png"
     )
+
+
+def write(record: dict, out: Path) -> None:
+    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -145,11 +145,13 @@ def _train(console, name, model: nn.Module, packer, pupils, watched, recipe) -> 
 
         def each_step(step: int, history: History) -> None:
             if step % every == 0 or step == recipe.steps:
-                accuracy = evaluate(model, packer, watched)[0].accuracy
+                seen = evaluate(model, packer, watched)[0]
+                accuracy = seen.accuracy
                 history.accuracy.append((step, accuracy))
                 if not console.is_terminal:
                     console.print(
-                        f"step {step}: loss {history.losses[-1]:.3f}, {accuracy:.3f} right"
+                        f"step {step}: loss {history.losses[-1]:.3f}, {accuracy:.3f} right, "
+                        f"macro {seen.macro:.3f}"
                     )
             note = f"loss {history.losses[-1]:.3f}"
             if history.accuracy:
