@@ -1,15 +1,17 @@
 """Run the benchmarks.  python -m benchmarks --list says what there is."""
 
 import argparse
+import json
 import os
 import shlex
 import sys
+from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each look at CPU memory writes to stderr
 
 import torch
 
-from benchmarks import harness, registry, report
+from benchmarks import floor, harness, registry, report
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -18,8 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     """0; 1 if a provider was wrong or ours failed. A name that is not known exits with 2."""
     parser = _parser()
     args = parser.parse_args(arguments)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
+    device = args.device or ("cuda" if args.predict or torch.cuda.is_available() else "cpu")
+    if not args.predict and device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
     known = registry.WHERE
     _refuse_unknown(parser, "benchmark", args.names, known)
@@ -34,6 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--dtype for {benchmark.name} on {device}: want {wanted}")
     if args.list:
         _list(chosen, shapes)
+        return 0
+
+    if args.predict:
+        _predict(chosen, shapes, args)
         return 0
 
     words = sys.argv[1:] if arguments is None else arguments
@@ -81,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--providers", nargs="+", metavar="NAME", help="only these")
     add("--dtype", choices=DTYPES, help="bf16 on CUDA and fp32 on the CPU unless given")
     add("--quick", action="store_true", help="small shapes, few samples, no compilers: seconds")
+    add("--predict", choices=floor.RATES, help="run nothing: bytes, FLOPs and floor on this card")
     add("--json", metavar="FILE", help="write every row, and where they were measured, to FILE")
     add("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
     add("--commit", help="what to report as the commit where git does not know")
@@ -92,6 +99,36 @@ def _refuse_unknown(parser, kind, names, known) -> None:
     if unknown:
         known = ", ".join(dict.fromkeys(known))
         parser.error(f"no {kind} {', '.join(unknown)}; there are: {known}")
+
+
+def _predict(benchmarks, shapes, args) -> None:
+    """Bytes, FLOPs and the floor they give on a card that need not be here; 16-bit."""
+    rows = []
+    for b in benchmarks:
+        for model, shape in shapes[b.name].items() if b.cost else ():
+            if args.shapes and model not in args.shapes:
+                continue
+            for mode in b.modes:
+                moved, flops = b.cost(shape, mode, 2)
+                ms = floor.predicted_ms(moved, flops, args.predict)
+                rows.append(
+                    dict(
+                        benchmark=b.name,
+                        model=model,
+                        shape=str(shape),
+                        mode=mode,
+                        bytes=moved,
+                        flops=flops,
+                        floor_ms=round(ms, 4),
+                    )
+                )
+                print(
+                    f"{model:<20}{shape!s:<44}{mode:<28}{moved / 1e6:>9.1f} MB"
+                    f"{flops / 1e9:>9.1f} GFLOP{ms:>9.4f} ms"
+                )
+    if args.json:
+        record = dict(card=args.predict, rates=floor.RATES[args.predict], rows=rows)
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _skipped(providers, args) -> dict[str, str]:

@@ -30,12 +30,12 @@ class Case:
         s, like = shape, dict(dtype=dtype, device=device)
         self.shape, self.dtype, self.device = shape, dtype, device
 
-        def rows(heads):
-            return torch.randn(s.B, s.N, heads, s.d, **like).transpose(1, 2)
+        def rows(heads, count):
+            return torch.randn(s.B, count, heads, s.d, **like).transpose(1, 2)
 
-        self.tensors = [rows(heads) for heads in (s.H, s.Hkv, s.Hkv)]
+        self.tensors = [rows(s.H, s.N), rows(s.Hkv, s.M), rows(s.Hkv, s.M)]
         self.tensors += [torch.randn(s.Hkv, s.P, s.d, **like) for _ in range(2)]
-        self.grad = rows(s.H)
+        self.grad = rows(s.H, s.N)
         self.truth = self._truth()
         eager = _step(self, self.reference, ALL)
         eager = eager.results(eager.run())
@@ -47,7 +47,7 @@ class Case:
     def _truth(self) -> dict[str, Tensor]:
         """In float64 and in slices of the batch: whole scores do not fit beside the rest."""
         s = self.shape
-        size = max(1, CHUNK // (8 * s.H * s.N * (s.N + s.P)))
+        size = max(1, CHUNK // (8 * s.H * s.N * (s.M + s.P)))
         *tokens, prompt_k, prompt_v = [t.double().requires_grad_() for t in self.tensors]
         grad, parts = self.grad.double(), []
         for i in range(0, s.B, size):
@@ -67,8 +67,8 @@ def judge(case, mode, results):
 
 def cost(s: shapes.Attention, mode: str, itemsize: int) -> tuple[int, int]:
     """Bytes of reading and writing everything once, and FLOPs of the products, for `floor_ms`."""
-    query, keys, prompts = (s.d * n for n in (s.B * s.H * s.N, s.B * s.Hkv * s.N, s.Hkv * s.P))
-    pairs = s.N * (s.N + 1) // 2 if s.causal else s.N * s.N
+    query, keys, prompts = (s.d * n for n in (s.B * s.H * s.N, s.B * s.Hkv * s.M, s.Hkv * s.P))
+    pairs = s.N * s.cache + (s.N * (s.N + 1) // 2 if s.causal else s.N * s.N)
     moved, flops = 2 * (query + keys + prompts), 4 * s.B * s.H * s.d * (pairs + s.N * s.P)
     if mode == ALL:  # reads q, k, v, out, dout; writes dq, dk, dv; five products where two were
         return itemsize * (moved + 4 * query + 4 * keys + 4 * prompts), flops * 7 // 2
@@ -166,7 +166,7 @@ def _concat(backend):
     def build(case, mode):
         s, sdpa = case.shape, _sdpa(backend, case.device)
         repeats, options = 1, dict(enable_gqa=s.Hkv != s.H)
-        if s.causal:
+        if s.causal and s.N > 1:
             seen = torch.ones(s.N, s.P + s.N, dtype=torch.bool, device=case.device).tril(s.P)
             if backend == "sdpa":  # transformers' own way: a bool mask, and then repeated heads
                 mask, repeats, options = seen, s.H // s.Hkv, {}
@@ -190,6 +190,15 @@ def _concat(backend):
 
 def _concatenate(x: Tensor, prompt: Tensor) -> Tensor:
     return torch.cat([prompt.expand(x.shape[0], -1, -1, -1), x], dim=2)
+
+
+def _in_cache(case, mode):
+    """The prompts stand in the cache already, once for each sample, as prefix tuning has them."""
+    q, k, v, *prompts = case.tensors
+    keys, values = (_concatenate(x, p) for x, p in zip((k, v), prompts, strict=True))
+    options = dict(enable_gqa=case.shape.Hkv != case.shape.H)
+    attend = lambda *_: F.scaled_dot_product_attention(q, keys, values, **options)  # noqa: E731
+    return _step(case, attend, mode)
 
 
 def _flex(case, mode):
@@ -246,7 +255,7 @@ def _bare(backend):
         if mode == PROMPTS:
             raise NotMeasured("it has no prompts")
         s, sdpa = case.shape, _sdpa(backend, case.device)
-        options = dict(is_causal=s.causal, enable_gqa=s.Hkv != s.H)
+        options = dict(is_causal=s.causal and s.N > 1, enable_gqa=s.Hkv != s.H)
         attend = lambda q, k, v: sdpa(q, k, v, **options)  # noqa: E731
         return _step(case, attend, mode, case.tensors[:3], () if mode == FORWARD else (0, 1, 2))
 
@@ -297,5 +306,24 @@ BENCHMARK = Benchmark(
         "fastprompt": Provider(_fastprompt, "fastprompt.ops.prompt_attention", ours=True),
         "bare-sdpa": Provider(_bare("sdpa"), _N + _OWN, **_FREE),
         "bare-cudnn": Provider(_bare("cudnn"), _N + "cuDNN", **_FREE),
+    },
+)
+
+DECODING = Benchmark(
+    name="prompt_attention_decode",
+    about="generating: one query a head against a cache of keys, and prompts",
+    modes=(FORWARD,),
+    dtypes=BENCHMARK.dtypes,
+    baseline="concat-sdpa",
+    shapes=shapes.decoding,
+    case=Case,
+    judge=judge,
+    cost=cost,
+    providers={
+        "concat-sdpa": BENCHMARK.providers["concat-sdpa"],
+        "in-cache": Provider(_in_cache, "prompts in every sample's cache, then SDPA"),
+        "fastprompt": BENCHMARK.providers["fastprompt"],
+        "bare-sdpa": BENCHMARK.providers["bare-sdpa"],
+        "bare-cudnn": BENCHMARK.providers["bare-cudnn"],
     },
 )

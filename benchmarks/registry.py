@@ -10,6 +10,7 @@ from torch import Tensor
 
 WHERE = {  # name -> module:attribute, imported when it is asked for
     "prompt_attention": "benchmarks.prompt_attention:BENCHMARK",
+    "prompt_attention_decode": "benchmarks.prompt_attention:DECODING",
     "decode_4bit": "benchmarks.decode_4bit:DECODE",
     "nf4_linear": "benchmarks.decode_4bit:PRODUCT",
 }

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "decode.h"
+#include "lanes.h"
 #include "rounding.h"
 
 namespace fastprompt {
@@ -56,18 +57,6 @@ void decode_chunks(const Weight& w, const Output& out, int64_t first, int64_t la
   }
 }
 
-// As many floats as a register of this file's instruction set holds.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-typedef float Lanes __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-
-inline const Lanes& lanes(const float* x) { return *reinterpret_cast<const Lanes*>(x); }
-
 // One row of the weight times a token. The weights pass, unscaled, through a buffer in the
 // first-level cache; a scale is applied once, to the sum of its block.
 inline float dot(const Weight& w, int64_t row, const float* x, int64_t columns) {
@@ -85,7 +74,7 @@ inline float dot(const Weight& w, int64_t row, const float* x, int64_t columns) 
       Lanes block = {};
       for (int64_t i = 0; i < w.blocksize; i += kPiece, in += kPiece / 2, x += kPiece) {
         lookup(in, kPiece / 2, code, values, false);
-        for (int64_t j = 0; j < kPiece; j += kLanes) block += lanes(values + j) * lanes(x + j);
+        for (int64_t j = 0; j < kPiece; j += kLanes) block += load(values + j) * load(x + j);
       }
       sum += block * scales[b];
     }

@@ -1,13 +1,16 @@
 // The Python module fastprompt._native. Tensors come in as addresses and sizes, so that one build
 // serves every release of torch; fastprompt/native.py has checked them.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <vector>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
+#include "attention.h"
 #include "decode.h"
 #include "parallel.h"
 
@@ -18,12 +21,16 @@ struct Variant {
   const char* name;
   DecodeBlocks decode;
   MultiplyRows multiply;
+  Attend attend, attend_backward;
 };
 
+#define FASTPROMPT_NAMED(isa) \
+  { #isa, decode_##isa, multiply_##isa, attend_##isa, attend_backward_##isa }
+
 #if defined(__x86_64__)
-bool has_f16c() {  // not a name that every compiler's __builtin_cpu_supports takes
+bool has_f16c_and_fma() {  // not names that every compiler's __builtin_cpu_supports takes
   unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) && (c & bit_FMA);
 }
 #endif
 
@@ -33,12 +40,12 @@ std::vector<Variant> find_variants() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"))
-    found.push_back({"avx512", decode_avx512, multiply_avx512});
-  if (__builtin_cpu_supports("avx2") && has_f16c()) found.push_back({"avx2", decode_avx2, multiply_avx2});
+    found.push_back(FASTPROMPT_NAMED(avx512));
+  if (__builtin_cpu_supports("avx2") && has_f16c_and_fma()) found.push_back(FASTPROMPT_NAMED(avx2));
 #elif defined(__aarch64__)
-  found.push_back({"neon", decode_neon, multiply_neon});  // every 64-bit Arm has it
+  found.push_back(FASTPROMPT_NAMED(neon));  // every 64-bit Arm has it
 #endif
-  found.push_back({"portable", decode_portable, multiply_portable});
+  found.push_back(FASTPROMPT_NAMED(portable));
   return found;
 }
 
@@ -115,13 +122,50 @@ void multiply(uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t code
   parallel(static_cast<int>((rows + task.part_rows - 1) / task.part_rows), threads, work, &task);
 }
 
+// A tensor's address and its strides by sample, head and row; all 0 where there is none.
+using Address = std::array<int64_t, 4>;
+
+Rows rows_at(const Address& a) { return {reinterpret_cast<void*>(a[0]), a[1], a[2], a[3]}; }
+
+// Without dout the forward, which writes out and lse; with it the backward, which reads them.
+void attention(const std::array<Address, 7>& inputs, const std::array<Address, 3>& gradients,
+               uintptr_t lse, uintptr_t dprompt, uintptr_t key_mask,
+               const std::array<int64_t, 7>& sizes, int64_t window, float scale, int dtype,
+               bool causal, bool tokens, int parts, int threads, size_t variant) {
+  struct Task {
+    Attention attention;
+    Attend attend;
+    int64_t units;
+    int parts;
+  } task{};
+  Attention& a = task.attention;
+  Rows* const tensors[] = {&a.q, &a.k, &a.v, &a.prompt_k, &a.prompt_v, &a.out, &a.dout};
+  for (int i = 0; i < 7; ++i) *tensors[i] = rows_at(inputs[i]);
+  a.dq = rows_at(gradients[0]), a.dk = rows_at(gradients[1]), a.dv = rows_at(gradients[2]);
+  a.lse = reinterpret_cast<float*>(lse);
+  a.dprompt = reinterpret_cast<float*>(dprompt);
+  a.key_mask = reinterpret_cast<const uint8_t*>(key_mask);
+  a.B = sizes[0], a.H = sizes[1], a.heads_kv = sizes[2], a.N = sizes[3], a.M = sizes[4];
+  a.P = sizes[5], a.d = sizes[6];
+  a.window = window, a.scale = scale, a.dtype = static_cast<Dtype>(dtype);
+  a.causal = causal, a.tokens = tokens;
+  task.attend = a.dout.data ? variants().at(variant).attend_backward : variants().at(variant).attend;
+  task.units = a.B * a.heads_kv, task.parts = parts;
+  const auto work = [](void* p, int part) {
+    const Task& t = *static_cast<Task*>(p);
+    t.attend(t.attention, part, t.units * part / t.parts, t.units * (part + 1) / t.parts);
+  };
+  parallel(parts, threads, work, &task);
+}
+
 }  // namespace
 }  // namespace fastprompt
 
 PYBIND11_MODULE(_native, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled part of fastprompt; use it through fastprompt.native.";
-  m.attr("ABI") = 1;  // raised with every change of what native.py calls
+  m.attr("ABI") = 2;  // raised with every change of what native.py calls
   m.def("variants", &fastprompt::names, "Instruction sets that this machine runs, best first.");
   m.def("decode", &fastprompt::decode, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("multiply", &fastprompt::multiply, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("attention", &fastprompt::attention, pybind11::call_guard<pybind11::gil_scoped_release>());
 }

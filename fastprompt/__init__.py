@@ -5,8 +5,20 @@ from fastprompt.attention import register
 from fastprompt.checkpoint import load, read_card, save
 from fastprompt.families import supported
 from fastprompt.patching import Patch, patch, patch_of
+from fastprompt.reporting import machine as report
 
 __version__ = "0.1.0"
-__all__ = ["Patch", "load", "methods", "ops", "patch", "patch_of", "read_card", "save", "supported"]
+__all__ = [
+    "Patch",
+    "load",
+    "methods",
+    "ops",
+    "patch",
+    "patch_of",
+    "read_card",
+    "report",
+    "save",
+    "supported",
+]
 
 register()

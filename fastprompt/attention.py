@@ -142,6 +142,8 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
     causal = bool(is_causal) and query.shape[2] > 1
     masks = _as_options(attention_mask, causal, query.shape[0], query.shape[2])
+    if attention_mask is None or attention_mask.ndim == 2:
+        masks["window"] = kwargs.get("sliding_window")  # `attention_mask` left it to us
     if side.prompt is None and side.previous in ("eager", "sdpa"):
         rest = dict(kwargs, dropout=dropout, scaling=scaling, is_causal=is_causal)
         return _without_prompt(side.previous, module, query, key, value, masks, rest)
@@ -154,7 +156,7 @@ def attention_forward(
     else:
         prompts = side.keys_values(dtype)
     inputs = (query, key, value, *prompts)
-    options = dict(masks, scale=scaling)
+    options = dict(masks, scale=scaling, softcap=kwargs.get("softcap"))  # Gemma 2's
     recorder.record(side.block.name, inputs, options)
     if side.previous == "eager":
         out, weights = reference.prompt_attention_with_weights(*inputs, dropout=dropout, **options)
@@ -184,7 +186,7 @@ def _without_prompt(previous, module, query, key, value, masks, rest):
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
         function = ALL_ATTENTION_FUNCTIONS[previous]
-        if any(masks.get(name) is not None for name in ("key_mask", "attn_mask")):
+        if any(masks.get(name) is not None for name in ("key_mask", "attn_mask", "window")):
             mask = reference.additive_mask(*shape, **masks)
     return function(module, query, key, value, mask, **rest)
 
@@ -193,6 +195,8 @@ def _with_dropout(query, key, value, prompt_k, prompt_v, dropout, options) -> Te
     """Concatenated: a softmax in two parts cannot drop what SDPA drops from the whole row."""
     B, P = query.shape[0], prompt_k.shape[1]
     scale = options.pop("scale")
+    if options.pop("softcap") is not None:
+        raise ValueError("attention dropout: want none beside soft-capping (SDPA has no such pair)")
     mask = reference.additive_mask(query.shape[2], key.shape[2], query, **options)
     key, value = (
         torch.cat([prompt.expand(B, -1, -1, -1), x], dim=2)
@@ -223,13 +227,11 @@ def attention_mask(
     """The mask for `attention_forward`, as small as the pattern allows.
 
     Returns:
-        Where the pattern is causal (aligned at the last key) or full: the padding mask [B, M]
-        bool, or None without padding. Else [B, 1, N, M] bool.
+        Where the pattern is causal, with or without a sliding window (aligned at the last key), or
+        full: the padding mask [B, M] bool, or None without padding; `attention_forward` knows the
+        window. Else [B, 1, N, M] bool.
     """
-    # shorter than the window, a local pattern is a causal one
-    causal = mask_function is causal_mask_function or (
-        allow_is_causal_skip and local_size is not None and kv_length < local_size
-    )
+    causal = mask_function is causal_mask_function or _is_sliding_window(mask_function)
     # a static cache is longer than what it holds, so its last key is not the last query's
     at_the_end = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     if mask_function is bidirectional_mask_function or (causal and at_the_end):
@@ -240,6 +242,17 @@ def attention_mask(
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
         local_size=local_size, allow_is_causal_skip=False, **kwargs,
     )  # fmt: skip
+
+
+def _is_sliding_window(mask_function) -> bool:
+    """Whether this is ``sliding_window_causal_mask_function(…)`` and nothing more (no packing)."""
+    cells = getattr(mask_function, "__closure__", None) or ()
+    parts = [cell.cell_contents for cell in cells]
+    if len(parts) != 1 or not isinstance(parts[0], tuple) or len(parts[0]) != 2:
+        return False
+    window, causal = parts[0]
+    of = getattr(window, "__qualname__", "")
+    return causal is causal_mask_function and of.startswith("sliding_window_overlay.")
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""The only file that touches the compiled part (csrc/): decoding 4-bit weights on the CPU.
+"""The only file that touches the compiled part (csrc/): 4-bit weights and attention on the CPU.
 
 The package works without it: `available()` says whether it is there, `why_missing()` why not.
 """
@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ABI = 1  # csrc/module.cpp has the same; a module left from another version is not called
+ABI = 2  # csrc/module.cpp has the same; a module left from another version is not called
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/decode.h: Dtype
 
 
@@ -177,3 +177,87 @@ def matvec_4bit(
     address = _check("x", x, torch.float32, columns)
     module.multiply(*weight, address, y.data_ptr(), rows, columns, torch.get_num_threads(), index)
     return y
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    key_mask: Tensor | None = None,
+    dout: Tensor | None = None,
+    token_grads: tuple[Tensor, Tensor, Tensor] | None = None,
+    prompt_grads: Tensor | None = None,
+    variant: str | None = None,
+) -> None:
+    """Attention over prompts and tokens, or, with ``dout``, its gradients, into tensors given.
+
+    On torch.get_num_threads() threads, in float32 inside; same threads, same bits.
+
+    Args:
+        q [B, H, N, d], k, v [B, Hkv, M, d], prompt_k, prompt_v [Hkv, P, d], out, dout as q: float32
+            or bfloat16, any strides with a contiguous last axis. ``out`` is written, or read.
+        lse: [B, H, N] contiguous float32, written, or read; -inf where a query saw nothing.
+        causal, scale, window, key_mask: as in `ops.prompt_attention`; key_mask [B, M] contiguous.
+        token_grads: (dq, dk, dv), written; None where tokens want none.
+        prompt_grads: [parts, 2, Hkv, P, d] contiguous float32 zeros, shares of dprompt_k and
+            dprompt_v to be summed over parts; None where prompts want none. ``parts`` is also how
+            many shares the work is cut into (`attention_parts`).
+        variant: one of `variants()`; the best of them by default.
+
+    Raises:
+        ValueError: an unknown variant, or a dtype, stride or device other than these.
+        RuntimeError: the native part is missing.
+    """
+    module, index = _module(variant)
+    (B, H, N, d), (Hkv, M), P = q.shape, k.shape[1:3], prompt_k.shape[1]
+    inputs = (q, k, v, prompt_k, prompt_v, out, dout)
+    grads = token_grads or (None, None, None)
+    for t in (*inputs, *grads):
+        if t is not None and (
+            t.dtype != q.dtype or not t.is_cpu or (t.numel() and t.stride(-1) != 1)
+        ):
+            raise ValueError(f"want {q.dtype} rows on the CPU, got {t.dtype} on {t.device}")
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"q: want float32 or bfloat16, got {q.dtype}")
+    parts = attention_parts(B * Hkv) if prompt_grads is None else len(prompt_grads)
+    shares = (
+        0
+        if prompt_grads is None
+        else _check("prompt_grads", prompt_grads, torch.float32, parts * 2 * Hkv * P * d)
+    )
+    module.attention(
+        [_rows(t) for t in inputs],
+        [_rows(t) for t in grads],
+        _check("lse", lse, torch.float32, B * H * N),
+        shares,
+        0 if key_mask is None else _check("key_mask", key_mask, torch.bool, B * M),
+        [B, H, Hkv, N, M, P, d],
+        window or 0,
+        scale,
+        DTYPES[q.dtype],
+        causal,
+        token_grads is not None,
+        parts,
+        torch.get_num_threads(),
+        index,
+    )
+
+
+def attention_parts(units: int) -> int:
+    """Shares of the work: two a thread, of the pairs of a sample and a key head."""
+    return max(1, min(units, 2 * torch.get_num_threads()))
+
+
+def _rows(t: Tensor | None) -> tuple[int, int, int, int]:
+    if t is None:
+        return (0, 0, 0, 0)
+    strides = (0, *t.stride()[:-1])[-3:]  # one set of prompts has no sample
+    return (t.data_ptr(), *strides)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fastprompt import attention, families, hooks, linear4bit, reporting, trainer
 from fastprompt.families import Anatomy, Block, Tower
 from fastprompt.methods import Method, default_for
-from fastprompt.ops.prompt_attention import BACKENDS
+from fastprompt.ops.options import BACKENDS
 from fastprompt.prompts import Prompt
 from fastprompt.trained import trained_copy
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from fastprompt import native
+from fastprompt.ops import vendors
+from fastprompt.ops.prompt_attention import chosen_backend
 
 if TYPE_CHECKING:
     from fastprompt.patching import Patch
@@ -47,10 +51,47 @@ def report(patch: Patch) -> str:
         lines.append(
             f"  on the CPU  {how}" + ("" if native.available() else f": {native.why_missing()}")
         )
-    lines += ["", f"attention backend  {patch.backend}"]
+    lines += ["", f"attention backend  {_backend(patch)}"]
     if patch.skipped:
         lines += ["", "skipped", *(f"  {name}: {why}" for name, why in patch.skipped.items())]
     return "\n".join(lines)
+
+
+def machine() -> str:
+    """What of fastprompt is active here: versions, devices, backends, the compiled part."""
+    import transformers
+
+    from fastprompt import __version__
+
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    if triton := _version("triton"):
+        versions += f", triton {triton}"
+    lines = [f"fastprompt {__version__}: {versions}"]
+    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        like = torch.empty(0, device=device)
+        name = "" if device == "cpu" else f" ({torch.cuda.get_device_name(device)})"
+        lines.append(f"{device}{name}: attention backend {chosen_backend(like)}")
+    has = "installed" if vendors.has_xformers() else "not installed"
+    lines.append(f"xformers: {has} (backend='xformers')")
+    active = native.isa() if native.available() else f"missing, {native.why_missing()}"
+    lines.append(f"compiled part (4-bit weights on the CPU): {active}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _backend(patch: Patch) -> str:
+    parameter = next(iter(patch.trainable.values()), None)
+    if patch.backend != "auto" or parameter is None:
+        return patch.backend
+    if patch.anatomy.towers[0].model.dtype == torch.float64:
+        return "auto: reference (float64)"
+    return f"auto: {chosen_backend(parameter)} (on {parameter.device.type})"
 
 
 def count(model: nn.Module) -> int:

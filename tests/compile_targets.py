@@ -24,7 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastprompt.ops import prompt_attention_triton
+from fastprompt.ops import prompt_attention_tiles, prompt_attention_triton
+from fastprompt.ops.options import Options
 
 SMEM_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes one block may take
 STACK_LIMIT = 384  # bytes a thread
@@ -40,7 +41,7 @@ class Case(NamedTuple):
     P: int
     groups: int = 1
     causal: bool = False
-    masks: str = ""  # of "key", "bool", "float", "bias"
+    masks: str = ""  # of "key", "bool", "float", "bias", "window", "softcap", "sets", "packed"
     views: str = "aligned"  # "odd": strides that divide by nothing; "far": rows 2**24 apart
     tokens: bool = True
 
@@ -61,6 +62,11 @@ HALF = [
     Case(BF16, 256, 300, 300, 20, causal=True),
     Case(FP16, 256, 300, 300, 150, groups=2, masks="key float bias", tokens=False),
     Case(FP16, 16, 20, 20, 3, masks="key bool", views="far"),
+    Case(BF16, 64, 577, 577, 20, masks="key window softcap sets"),
+    Case(BF16, 128, 1024, 1024, 10, causal=True, masks="window"),
+    Case(BF16, 128, 2048, 2048, 150, groups=4, causal=True, masks="softcap packed sets"),
+    Case(BF16, 128, 1, 8192, 20, groups=4, masks="key", tokens=False),
+    Case(BF16, 256, 1024, 1024, 20, groups=2, causal=True, masks="window softcap packed"),
 ]
 CASES = {
     80: [HALF[2], HALF[8]],  # sm_89's tiles, and more room
@@ -123,14 +129,26 @@ def launch(case: Case):
     H = 2 * case.groups
     q, k, v = heads(case, H, N), heads(case, 2, M), heads(case, 2, M)
     prompt_k, prompt_v = torch.empty(2, 2, P, d, dtype=case.dtype).unbind(0)
-    key_mask = torch.ones(2, M, dtype=torch.bool) if "key" in case.masks else None
-    attn_mask = prompt_bias = None
+    options = dict(causal=case.causal, scale=d**-0.5)
+    if "key" in case.masks:
+        options["key_mask"] = torch.ones(2, M, dtype=torch.bool)
     if "bool" in case.masks or "float" in case.masks:
         kind = torch.bool if "bool" in case.masks else torch.float32
-        attn_mask = torch.ones(2, 1, N, M, dtype=kind)
+        options["attn_mask"] = torch.ones(2, 1, N, M, dtype=kind)
     if "bias" in case.masks:
-        prompt_bias = torch.zeros(1, H, N, P)
-    inputs = (q, k, v, prompt_k, prompt_v, case.causal, d**-0.5, key_mask, attn_mask, prompt_bias)
+        options["prompt_bias"] = torch.zeros(1, H, N, P)
+    if "window" in case.masks:
+        options["window"] = 100
+    if "softcap" in case.masks:
+        options["softcap"] = 50.0
+    if "packed" in case.masks:
+        q, k, v = (x[:1] for x in (q, k, v))
+        options |= dict(cu_seqlens_q=torch.tensor([0, 3, N]), cu_seqlens_k=torch.tensor([0, 3, M]))
+    if "sets" in case.masks:
+        prompt_k, prompt_v = torch.empty(2, 3, 2, P, d, dtype=case.dtype).unbind(0)
+        options |= dict(prompt_index=torch.zeros(2, dtype=torch.int64))
+        options |= dict(prompt_len=torch.ones(3, dtype=torch.int32))
+    inputs = (q, k, v, prompt_k, prompt_v, Options(**options))
     out, lse = prompt_attention_triton.forward(*inputs)
     prompt_attention_triton.backward(out, out, lse, *inputs, case.tokens, True)
 
@@ -163,8 +181,9 @@ def compile_case(sm: int, case: Case) -> list[str]:
     """One line for each kernel; those over a limit end in what they are over."""
     built = []
     driver.set_active(CompileOnly(sm))
-    prompt_attention_triton.capability = lambda device: sm
-    for name in ("fwd", "dq", "dkv", "prompts", "sum"):
+    prompt_attention_tiles.capability = lambda device: sm
+    prompt_attention_triton.processors = lambda device: 132
+    for name in ("fwd", "merge", "dq", "dkv", "prompts", "sum"):
         kernel = getattr(prompt_attention_triton, f"{name}_kernel")
         kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
         setattr(prompt_attention_triton, f"{name}_kernel", Recorder(kernel, built))

@@ -20,6 +20,7 @@ NEEDS = {
     "test_linear4bit.py": "bitsandbytes",
     "test_nf4_linear.py": "bitsandbytes",
     "test_native.py": "hypothesis",
+    "test_prompt_attention_fuzz.py": "hypothesis",
     "test_demo_parts.py": "PIL",
 }
 collect_ignore = [file for file, package in NEEDS.items() if find_spec(package) is None]

@@ -11,6 +11,7 @@ import transformers as tf
 from torch import nn
 
 import fastprompt
+from fastprompt import native
 from fastprompt.methods import M2PT, VPT, DeepPrompts
 
 ALL = list(tiny.FAMILIES)
@@ -238,6 +239,45 @@ def test_a_sliding_window_hides_tokens_but_never_prompts():
     wide.load_state_dict(short.state_dict())
     with torch.no_grad():
         assert not torch.allclose(wide(input_ids=ids).logits[:, -1], whole[:, -1])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_sliding_window_is_no_4d_mask_and_gives_the_same(side, monkeypatch):
+    from fastprompt import attention
+
+    model = tiny.build("mistral", torch.float64, sliding_window=4).eval()
+    fastprompt.patch(model, DeepPrompts(text=3))
+    ids, mask = torch.randint(6, 60, (2, 11)), torch.ones(2, 11, dtype=torch.long)
+    mask[1, slice(0, 3) if side == "left" else slice(8, 11)] = 0
+    seen, whole = [], attention.attention_forward
+
+    def watch(module, q, k, v, given, *args, **kwargs):
+        seen.append(given)
+        return whole(module, q, k, v, given, *args, **kwargs)
+
+    def run():
+        options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, min_new_tokens=6)
+        return (
+            model(input_ids=ids, attention_mask=mask).logits[mask.bool()],
+            model(input_ids=ids).logits,
+            model.generate(input_ids=ids, attention_mask=mask, **options),
+        )
+
+    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS._global_mapping, "fastprompt", watch)
+    with torch.no_grad():
+        got = run()
+        assert all(given is None or given.ndim == 2 for given in seen)
+        monkeypatch.setattr(attention, "_is_sliding_window", lambda function: False)
+        want = run()
+    assert any(given is not None and given.ndim == 4 for given in seen)
+    torch.testing.assert_close(got, want)
+
+
+def test_the_report_of_the_machine_says_which_backend_runs():
+    text = fastprompt.report()
+    backend = "native" if native.available() else "vendor"
+    assert f"torch {torch.__version__}" in text and f"cpu: attention backend {backend}" in text
+    assert "compiled part" in text
 
 
 # ---- bad input: a ValueError, and the model as it was ----

@@ -4,13 +4,21 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo.testing
 from compare import assert_as_accurate
 from conftest import DEVICE
 
+from fastprompt import native
 from fastprompt.ops import prompt_attention, reference
+from fastprompt.ops.options import Options
+from fastprompt.ops.vendors import has_xformers
 
-# on a GPU "auto" is Triton; here Triton runs under its interpreter, beside the CPU's own path
-BACKENDS = ["auto"] if DEVICE == "cuda" else ["cpu", "triton"]
+# here Triton runs under its interpreter
+BACKENDS = ["vendor", "triton"]
+if DEVICE == "cuda" and has_xformers():
+    BACKENDS.append("xformers")
+if DEVICE == "cpu" and native.available():
+    BACKENDS.append("native")
 SHAPES = {  # B, Hq, Hkv, N, M, P, d
     "vit": (2, 3, 3, 33, 33, 10, 16),
     "grouped": (2, 6, 2, 21, 21, 7, 24),
@@ -69,11 +77,25 @@ def options_for(kind, shape, device=DEVICE, seed=1):
             prompt_bias=torch.randn(B, 1, N, P, generator=rng),
             scale=0.3,
         ),
+        "window": dict(window=5, causal=True),
+        "window both ways": dict(window=4, key_mask=key_mask),
+        "soft-capped": dict(softcap=1.5, scale=0.7),
+        "soft-capped window": dict(
+            softcap=5.0,
+            scale=-0.4,
+            causal=True,
+            window=7,
+            key_mask=key_mask,
+            prompt_bias=torch.randn(B, 1, N, P, generator=rng),
+        ),
     }[kind]
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
-KINDS = ["full", "causal", "key_mask", "left", "bool", "additive", "everything"]
+KINDS = [
+    "full", "causal", "key_mask", "left", "bool", "additive", "everything",
+    "window", "window both ways", "soft-capped", "soft-capped window",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ident)
@@ -94,7 +116,7 @@ def test_as_accurate_as_eager(backend, shape, kind, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["full", "left", "additive"])
+@pytest.mark.parametrize("kind", ["full", "left", "additive", "soft-capped window"])
 def test_prompts_alone_get_the_same_gradient(backend, kind):
     shape = SHAPES["grouped"]
     inputs, options = make(shape), options_for(kind, shape)
@@ -156,6 +178,28 @@ def test_every_element_is_written(backend, monkeypatch):
     assert all(t.isfinite().all() for t in (out, *grads))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_heads_and_samples_than_a_grid_axis_holds(backend):
+    if backend == "triton" and DEVICE == "cpu":
+        pytest.skip("70,000 programs take the interpreter minutes")
+    inputs = make((35_000, 2, 1, 2, 2, 3, 8))
+    grad_out = torch.randn(inputs[0].shape, device=DEVICE)
+    ours = partial(prompt_attention, backend=backend)
+    assert_as_accurate(ours, reference.prompt_attention, inputs, grad_out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+def test_long_rows_and_many_prompts():
+    """32k tokens and 3,000 prompts: Triton against the vendor's kernel."""
+    inputs = make((1, 2, 1, 32768, 32768, 3000, 64), torch.float16)
+    results = []
+    for backend in ("triton", "vendor"):
+        out = prompt_attention(*inputs, causal=True, backend=backend)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
 def test_output_reshapes_without_a_copy():
     out = prompt_attention(*make(SHAPES["grouped"]))
     rows = out.transpose(1, 2)
@@ -167,13 +211,13 @@ def test_float64_is_the_reference_and_differentiates_twice():
     assert torch.autograd.gradcheck(partial(prompt_attention, causal=True), inputs)
 
 
-@pytest.mark.parametrize("kind", ["full", "left", "everything"])
+@pytest.mark.parametrize("kind", ["full", "left", "everything", "soft-capped window"])
 def test_registration(kind):
     shape = SHAPES["grouped"]
     inputs = [t.detach() for t in make(shape)]
     options = options_for(kind, shape)
-    masks = [options.get(name) for name in ("key_mask", "attn_mask", "prompt_bias")]
-    args = (*inputs, options.get("causal", False), 0.25, *masks, "auto")
+    options = Options(**{"causal": False, "scale": 0.25, **options})
+    args = (*inputs, *options)
     torch.library.opcheck(torch.ops.fastprompt.prompt_attention, args)
     out, lse = torch.ops.fastprompt.prompt_attention(*args)
     for needs in [(True, True), (False, True)]:
@@ -181,14 +225,43 @@ def test_registration(kind):
         torch.library.opcheck(torch.ops.fastprompt.prompt_attention_backward, backward)
 
 
-def test_compiles_without_a_graph_break():
-    inputs = make(SHAPES["grouped"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic):
+    torch._dynamo.reset()
+    options = dict(causal=True, window=6, softcap=20.0)
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
-        partial(prompt_attention, causal=True), fullgraph=True, backend="aot_eager"
+        partial(prompt_attention, **options), fullgraph=True, dynamic=dynamic, backend=frames
     )
-    got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
-    want = torch.autograd.grad(prompt_attention(*inputs, causal=True).square().sum(), inputs)
-    torch.testing.assert_close(got, want)
+    for shape in [(4, 6, 2, 20, 22, 7, 24), (3, 6, 2, 17, 19, 9, 24), (5, 6, 2, 30, 33, 8, 24)]:
+        inputs = make(shape)
+        got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+        want = torch.autograd.grad(prompt_attention(*inputs, **options).square().sum(), inputs)
+        torch.testing.assert_close(got, want)
+    assert frames.frame_count <= (2 if dynamic else 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+def test_forward_and_backward_are_captured_in_a_cuda_graph():
+    inputs = make(SHAPES["blocks"], torch.float16)
+
+    def step():
+        out = prompt_attention(*inputs, causal=True)
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    with torch.no_grad():
+        for t, new in zip(inputs, make(SHAPES["blocks"], torch.float16, seed=5), strict=True):
+            t.copy_(new)
+    graph.replay()
+    torch.testing.assert_close(got, step())
 
 
 def refused(message, **changes):
@@ -230,6 +303,8 @@ def test_refusals_say_what_was_wanted_and_what_came():
         attn_mask=torch.zeros(1, 1, 21, 21, device=DEVICE, requires_grad=True),
     )
     refused("backend: want one of auto, triton", backend="cuda")
+    refused("window: want at least 1, got 0", window=0)
+    refused("softcap: want a number above 0, got -1.0", softcap=-1.0)
     refused(
         "multiple of 8",
         **{n: (lambda a, n=n: a[n][..., :12]) for n in ("q", "k", "v", "prompt_k", "prompt_v")},

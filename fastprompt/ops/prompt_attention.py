@@ -2,7 +2,7 @@
 
     out = softmax(scale · q [prompt_k ; k]ᵀ + mask) [prompt_v ; v]        prompts are never masked
 
-The prompts have no batch axis: one set of keys and values serves every sample. With the
+One set of prompts serves every sample, or each sample has its own of several. With the
 log-sum-exp L of a whole row over prompts and tokens, the two parts part again exactly:
 
     p_j  = exp(scale · q·k_j + mask_j - L)          j over prompts, then over tokens
@@ -10,24 +10,25 @@ log-sum-exp L of a whole row over prompts and tokens, the two parts part again e
     ds_j = p_j (dout·v_j - D)
     dq   = scale · sum_j ds_j k_j,    dk_j = scale · sum_n ds_nj q_n,    dv_j = sum_n p_nj dout_n
 
-and for prompts the last two sums run over the batch as well. Where the tokens need no gradient
-(the first prompted layer of a frozen model), only the prompts' two sums are computed.
+and for prompts the last two sums run over the samples that see them as well. Soft-capped scores
+c·tanh(scale · q·k / c) multiply ds by 1 - tanh². Where the tokens need no gradient (the first
+prompted layer of a frozen model), only the prompts' two sums are computed.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastprompt.ops import prompt_attention_cpu as cpu
-from fastprompt.ops import reference
-
-BACKENDS = ("auto", "triton", "cpu", "reference")
+from fastprompt import native
+from fastprompt.ops import prompt_attention_merge as merge
+from fastprompt.ops import prompt_attention_native as compiled
+from fastprompt.ops import reference, vendors
+from fastprompt.ops.options import SCHEMA, TENSORS, Options, check
 
 # ---- op: schema, fake, dispatch ----
 
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor prompt_k, Tensor prompt_v, bool causal, float scale, "
-    "Tensor? key_mask, Tensor? attn_mask, Tensor? prompt_bias, str backend"
-)
+_INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor prompt_k, Tensor prompt_v, {SCHEMA}"
 torch.library.define("fastprompt::prompt_attention", f"({_INPUTS}) -> (Tensor, Tensor)")
 torch.library.define(
     "fastprompt::prompt_attention_backward",
@@ -57,35 +58,50 @@ def _gradients(dout, out, lse, q, k, v, prompt_k, prompt_v, *options):
     return (*(like(t, tokens) for t in (q, k, v)), *own)
 
 
-def _triton():
-    # imported on first use: triton exists on Linux alone, and the CPU path does not need it
-    from fastprompt.ops import prompt_attention_triton
+def chosen_backend(q: Tensor, backend: str = "auto") -> str:
+    """Which implementation "auto" stands for on the device and dtype of ``q``.
 
-    return prompt_attention_triton
-
-
-@torch.library.impl("fastprompt::prompt_attention", "CUDA")
-def _forward_cuda(*inputs):
-    return _triton().forward(*inputs[:-1])
-
-
-@torch.library.impl("fastprompt::prompt_attention_backward", "CUDA")
-def _backward_cuda(dout, out, lse, *rest):
-    *inputs, _, tokens, prompts = rest
-    return _triton().backward(dout, out, lse, *inputs, tokens, prompts)
+    A single call that "native" does not take is the vendor's.
+    """
+    if q.dtype == torch.float64:
+        return "reference"
+    if backend != "auto":
+        return backend
+    if q.device.type != "cuda":
+        return "native" if native.available() and q.dtype in compiled.DTYPES else "vendor"
+    if torch.cuda.get_device_capability(q.device) >= (8, 0):
+        return "triton"
+    return "xformers" if vendors.has_xformers() else "vendor"
 
 
-@torch.library.impl("fastprompt::prompt_attention", "CPU")
-def _forward_cpu(*inputs):
-    *inputs, backend = inputs
-    return (_triton() if backend == "triton" else cpu).forward(*inputs)
+def _implementation(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options):
+    """Forward and backward of the backend that this very call takes."""
+    backend = chosen_backend(q, o.backend)
+    if backend == "triton":
+        # imported on first use: triton exists on Linux alone
+        from fastprompt.ops import prompt_attention_triton as triton
+
+        return triton.forward, triton.backward
+    if backend == "native" and compiled.serves(q, k, prompt_k, o):
+        return compiled.forward, compiled.backward
+    vendor = vendors.named(backend, q.device)
+    return partial(merge.forward, vendor), partial(merge.backward, vendor)
 
 
-@torch.library.impl("fastprompt::prompt_attention_backward", "CPU")
-def _backward_cpu(dout, out, lse, *rest):
-    *inputs, backend, tokens, prompts = rest
-    module = _triton() if backend == "triton" else cpu
-    return module.backward(dout, out, lse, *inputs, tokens, prompts)
+def _forward(*inputs):
+    *tensors, o = *inputs[:5], Options(*inputs[5:])
+    return _implementation(tensors[0], tensors[1], tensors[3], o)[0](*tensors, o)
+
+
+def _backward(dout, out, lse, *rest):
+    tensors, o, wanted = rest[:5], Options(*rest[5:-2]), rest[-2:]
+    run = _implementation(tensors[0], tensors[1], tensors[3], o)[1]
+    return run(dout, out, lse, *tensors, o, *wanted)
+
+
+for _key in ("CPU", "CUDA"):
+    torch.library.impl("fastprompt::prompt_attention", _key, _forward)
+    torch.library.impl("fastprompt::prompt_attention_backward", _key, _backward)
 
 
 # ---- autograd ----
@@ -93,25 +109,25 @@ def _backward_cpu(dout, out, lse, *rest):
 
 class _PromptAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, prompt_k, prompt_v, causal, scale, *masks_and_backend):
+    def forward(ctx, q, k, v, prompt_k, prompt_v, *options):
         inputs = (q, k, v, prompt_k, prompt_v)
-        out, lse = torch.ops.fastprompt.prompt_attention(*inputs, causal, scale, *masks_and_backend)
-        *masks, ctx.backend = masks_and_backend
-        ctx.causal, ctx.scale = causal, scale
-        ctx.save_for_backward(*inputs, out, lse, *masks)
+        out, lse = torch.ops.fastprompt.prompt_attention(*inputs, *options)
+        o = Options(*options)
+        ctx.rest = tuple(o._replace(**dict.fromkeys(TENSORS)))
+        ctx.save_for_backward(*inputs, out, lse, *o.tensors)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        *inputs, out, lse, key_mask, attn_mask, prompt_bias = ctx.saved_tensors
-        masks = (key_mask, attn_mask, prompt_bias)
+        *inputs, out, lse = ctx.saved_tensors[:7]
+        o = Options(*ctx.rest)._replace(**dict(zip(TENSORS, ctx.saved_tensors[7:], strict=True)))
         tokens, prompts = any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[3:5])
         grads = torch.ops.fastprompt.prompt_attention_backward(
-            dout, out, lse, *inputs, ctx.causal, ctx.scale, *masks, ctx.backend, tokens, prompts
+            dout, out, lse, *inputs, *o, tokens, prompts
         )
         wanted = zip(grads, ctx.needs_input_grad[:5], strict=True)
-        return (*(grad if wants else None for grad, wants in wanted), *[None] * 6)
+        return (*(grad if wants else None for grad, wants in wanted), *[None] * len(o))
 
 
 # ---- public ----
@@ -129,6 +145,12 @@ def prompt_attention(
     key_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
     prompt_bias: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    prompt_index: Tensor | None = None,
+    prompt_len: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention of ``q`` over ``[prompt_k ; k]`` and ``[prompt_v ; v]``.
@@ -140,93 +162,43 @@ def prompt_attention(
     Args:
         q: [B, Hq, N, d]. Any strides with a contiguous last axis, here and below.
         k, v: [B, Hkv, M, d]; Hkv divides Hq (grouped and multi-query attention).
-        prompt_k, prompt_v: [Hkv, P, d], shared by the batch. P may be 0.
+        prompt_k, prompt_v: [Hkv, P, d], shared by the batch, or with ``prompt_index`` S sets
+            [S, Hkv, P, d]. P may be 0.
         causal: query n sees tokens 0 .. n + M - N (aligned at the last key; wants M >= N) and
             every prompt.
         scale: multiplies q·k; 1/sqrt(d) unless given.
         key_mask: [B, M] bool, True where a token may be seen (padding is False).
         attn_mask: [B or 1, Hq or 1, N, M], bool (True: may be seen) or float, added to the scores.
         prompt_bias: [B or 1, Hq or 1, N, P] float, added to the prompts' scores.
-        backend: "auto" is Triton on CUDA, vendor attention and a merge on the CPU; "triton" on
-            the CPU wants its interpreter; "reference" is plain PyTorch everywhere.
+        window: query n sees tokens less than this far from n + M - N (itself is 0 far), and every
+            prompt. Mistral's and Gemma's ``sliding_window``.
+        softcap: c of the scores c·tanh(scale · q·k / c), for tokens and prompts (Gemma 2).
+        cu_seqlens_q, cu_seqlens_k: [sequences + 1] int32 or int64, from 0 to N and to M: where
+            packed sequences begin and end. B is then 1, a query sees its own sequence alone, and
+            causal and window are aligned at the last key of each. Checked on the CPU alone (a
+            check would wait for a GPU), as the next two are.
+        prompt_index: [B] (packed: [sequences]) int32 or int64, the set of each sample.
+        prompt_len: [S] int32 or int64: the first so many rows of a set exist.
+        backend: "auto" is Triton on CUDA, on the CPU csrc's kernel where it takes the call and else
+            vendor attention and a merge. "native" asks for the same on the CPU; "triton" there
+            wants its interpreter; "vendor" is torch's own attention on any device; "xformers" needs
+            that package; "reference" is plain PyTorch everywhere.
 
     Returns:
         [B, Hq, N, d] in ``q.dtype``, laid out as [B, N, Hq, d]. A row that may see no token gets
-        the prompts' answer, or zeros where P is 0; never NaN.
+        the prompts' answer, or zeros where it sees no prompt either; never NaN.
 
     Raises:
         ValueError: a shape, stride, dtype, device or mask that the op does not serve.
     """
-    _check(q, k, v, prompt_k, prompt_v, causal, key_mask, attn_mask, prompt_bias, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    o = Options(
+        causal, scale, key_mask, attn_mask, prompt_bias, window, softcap,
+        cu_seqlens_q, cu_seqlens_k, prompt_index, prompt_len, backend,
+    )  # fmt: skip
+    check(q, k, v, prompt_k, prompt_v, o)
     if q.dtype == torch.float64 or backend == "reference":
-        masks = dict(key_mask=key_mask, attn_mask=attn_mask, prompt_bias=prompt_bias)
-        options = dict(causal=causal, scale=scale, **masks)
+        options = o._asdict()
+        del options["backend"]
         return reference.prompt_attention(q, k, v, prompt_k, prompt_v, **options)
-    masks = (key_mask, attn_mask, prompt_bias)
-    return _PromptAttention.apply(q, k, v, prompt_k, prompt_v, causal, scale, *masks, backend)
-
-
-def _check(q, k, v, prompt_k, prompt_v, causal, key_mask, attn_mask, prompt_bias, backend):
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {backend!r}")
-    if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(
-            f"want q [B, Hq, N, d] and k [B, Hkv, M, d]; got {_shape(q)} and {_shape(k)}"
-        )
-    (B, Hq, N, d), (Hkv, M) = q.shape, k.shape[1:3]
-    if d % 8 or not 0 < d <= 256:
-        raise ValueError(f"d: want a multiple of 8 up to 256, got {d}")
-    if Hkv == 0 or Hq % Hkv:
-        raise ValueError(f"want Hkv to divide Hq; got Hkv {Hkv} and Hq {Hq}")
-    _want("k", k, (B, Hkv, M, d))
-    _want("v", v, (B, Hkv, M, d))
-    P = prompt_k.shape[1] if prompt_k.ndim == 3 else 0
-    _want("prompt_k", prompt_k, (Hkv, P, d))
-    _want("prompt_v", prompt_v, (Hkv, P, d))
-    if causal and M < N:
-        raise ValueError(f"causal: want at least as many keys as queries; got M {M} and N {N}")
-
-    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    if q.dtype not in dtypes:
-        raise ValueError(f"q: want float32, float16, bfloat16 or float64; got {q.dtype}")
-    for name, x in dict(k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v).items():
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name}: want {q.dtype} on {q.device}; got {x.dtype} on {x.device}")
-    for name, x in dict(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v).items():
-        if x.stride(-1) != 1 and x.numel() > 0:
-            raise ValueError(f"{name}: want a contiguous last axis; got strides {x.stride()}")
-    if q.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"want tensors on cpu or cuda; got {q.device}")
-
-    if key_mask is not None:
-        if key_mask.dtype != torch.bool:
-            raise ValueError(f"key_mask: want bool, got {key_mask.dtype}")
-        _want("key_mask", key_mask, (B, M), q.device)
-    _want_mask("attn_mask", attn_mask, (B, Hq, N, M), q.device, or_bool=True)
-    _want_mask("prompt_bias", prompt_bias, (B, Hq, N, P), q.device, or_bool=False)
-
-
-def _shape(x: Tensor) -> list[int]:
-    return list(x.shape)
-
-
-def _want(name, x, shape, device=None):
-    if x.shape != torch.Size(shape):
-        raise ValueError(f"{name}: want {list(shape)}, got {_shape(x)}")
-    if device is not None and x.device != device:
-        raise ValueError(f"{name}: want it on {device}, got {x.device}")
-
-
-def _want_mask(name, mask, full, device, or_bool):
-    if mask is None:
-        return
-    B, H, N, M = full
-    if mask.ndim != 4 or mask.shape[0] not in (1, B) or mask.shape[1] not in (1, H):
-        raise ValueError(f"{name}: want [{B} or 1, {H} or 1, {N}, {M}], got {_shape(mask)}")
-    _want(name, mask, (*mask.shape[:2], N, M), device)
-    if not (mask.is_floating_point() or (or_bool and mask.dtype == torch.bool)):
-        kinds = "bool or floating point" if or_bool else "floating point"
-        raise ValueError(f"{name}: want {kinds}, got {mask.dtype}")
-    if mask.requires_grad:
-        raise ValueError(f"{name}: want it frozen (this op gives no gradient for it)")
+    return _PromptAttention.apply(q, k, v, prompt_k, prompt_v, *o)

@@ -1,132 +1,31 @@
-"""`prompt_attention` in Triton: tiles, launches and allocations.
+"""`prompt_attention` in Triton: launches and allocations.
 
-Device code: `prompt_attention_kernels` (forward), `prompt_attention_gradients` (backward).
+Device code: `prompt_attention_kernels` (forward), `prompt_attention_gradients` (backward); tiles:
+`prompt_attention_tiles`.
 
-Forward is one kernel. Backward is dq (which also leaves delta = sum_d dout · out), dk/dv, and the
-prompts' gradients, whose sum over the batch takes two stages: every program writes its share, one
-small kernel adds the shares in a fixed order. No atomics, so two runs agree bit for bit. Where
+Forward is one kernel; two where few queries meet many keys (decoding): the keys are then shared
+out, and the shares merged. Backward is dq (which also leaves delta = sum_d dout · out), dk/dv, and
+the prompts' gradients, whose sum over the batch takes two stages: every program writes its share,
+one small kernel adds the shares in a fixed order. No atomics, so two runs agree bit for bit. Where
 the tokens need no gradient, only the prompts' two kernels run.
 """
-
-import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastprompt.ops.options import Options
 from fastprompt.ops.prompt_attention_gradients import (
     dkv_kernel,
     dq_kernel,
     prompts_kernel,
     sum_kernel,
 )
-from fastprompt.ops.prompt_attention_kernels import fwd_kernel
+from fastprompt.ops.prompt_attention_kernels import fwd_kernel, merge_kernel
+from fastprompt.ops.prompt_attention_tiles import Tile, best_tile, processors
 
-# ---- tiles ----
-
-
-class Tile(NamedTuple):
-    """What one program of a kernel works on, and with what."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-# kernel: [(head dim up to, queries up to, tile), ...], of which the first that fits is taken.
-# Measured (H100, bf16): d 64 and 128 from N 197 on, but for "prompts". The rest is what compiles
-# without spills in a loop, and fits the smallest card of its kind (tests/compile_targets.py).
-_ANY = 1 << 31
-_HOPPER = {  # sm_90 and sm_100: 227 KB of shared memory, wgmma from 64 queries on
-    "fwd": [
-        (128, 16, Tile(16, 64, 4, 3)),  # decoding: the fewest rows that a product takes
-        (64, 256, Tile(128, 32, 4, 3)),
-        (64, _ANY, Tile(128, 64, 8, 3)),
-        (128, 1536, Tile(64, 32, 4, 3)),
-        (128, _ANY, Tile(64, 64, 4, 2)),
-        (256, _ANY, Tile(128, 32, 8, 2)),
-    ],
-    "dq": [
-        (64, 256, Tile(128, 64, 8, 3)),
-        (64, _ANY, Tile(64, 64, 4, 3)),
-        (128, _ANY, Tile(64, 64, 4, 2)),
-        (256, _ANY, Tile(32, 32, 4, 2)),
-    ],
-    "dkv": [
-        (64, _ANY, Tile(32, 128, 4, 3)),
-        (128, _ANY, Tile(64, 64, 4, 2)),
-        (256, _ANY, Tile(32, 32, 8, 2)),
-    ],
-    "prompts": [
-        (64, _ANY, Tile(64, 64, 4, 3)),
-        (128, _ANY, Tile(64, 32, 4, 2)),
-        (256, _ANY, Tile(32, 32, 8, 2)),
-    ],
-}
-# every other card: the least is sm_86's and sm_89's 99 KB; backward's tiles fit that too
-_AMPERE = _HOPPER | {
-    "fwd": [
-        (128, 16, Tile(16, 64, 4, 3)),
-        (64, 256, Tile(128, 32, 4, 3)),
-        (64, _ANY, Tile(64, 64, 4, 3)),
-        (128, 1536, Tile(64, 32, 4, 3)),
-        (128, _ANY, Tile(64, 64, 4, 2)),
-        (256, _ANY, Tile(64, 32, 8, 2)),
-    ],
-}
-_FLOAT32 = {  # no tensor cores, so operands and sums alike lie in registers; fits every card
-    "fwd": [
-        (128, 16, Tile(16, 16, 4, 1)),
-        (64, _ANY, Tile(64, 32, 8, 1)),
-        (128, _ANY, Tile(32, 32, 8, 1)),
-        (256, _ANY, Tile(16, 16, 4, 1)),
-    ],
-    "dq": [
-        (64, _ANY, Tile(32, 16, 4, 1)),
-        (256, _ANY, Tile(16, 16, 8, 1)),
-    ],
-    "dkv": [
-        (128, _ANY, Tile(16, 32, 4, 1)),
-        (256, _ANY, Tile(16, 16, 4, 1)),
-    ],
-    "prompts": [
-        (128, _ANY, Tile(16, 32, 4, 1)),
-        (256, _ANY, Tile(16, 16, 4, 1)),
-    ],
-}
-# the interpreter pays per operation, not per element; several blocks of each kind still occur
-_INTERPRETER = {name: [(256, _ANY, Tile(64, 32, 4, 1))] for name in ("fwd", "dq", "dkv", "prompts")}
-
-
-@functools.cache
-def capability(device: torch.device) -> int:
-    """90 for sm_90; 0 where Triton's interpreter runs."""
-    if device.type == "cpu":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _tile(kernel: str, q: Tensor) -> Tile:
-    sm, (N, d) = capability(q.device), q.shape[2:]
-    if sm == 0:
-        table = _INTERPRETER
-    elif q.dtype == torch.float32:
-        table = _FLOAT32
-    else:
-        table = _HOPPER if sm // 10 in (9, 10) else _AMPERE
-    return next(tile for dims, rows, tile in table[kernel] if d <= dims and rows >= N)
-
+_MOST_SPLITS = 64  # of the keys, in decoding
 
 # ---- arguments ----
 
@@ -141,7 +40,7 @@ def _strides(*tensors: Tensor) -> tuple[list[tuple[int, ...]], dict[str, object]
     unit = 8 if all(s % 8 == 0 for own in strides for s in own) else 1
     # a block is at most 128 rows and 256 channels: below this its offsets are below 2**31
     narrow = all(own[-1] < 2**24 - 2 for own in strides)
-    # prompts have no sample axis
+    # one set of prompts has no sample axis
     strides = [(0,) * (3 - len(own)) + tuple(s // unit for s in own) for own in strides]
     return strides, dict(UNIT=unit, STEP=tl.int32 if narrow else tl.int64)
 
@@ -152,15 +51,15 @@ def _mask_strides(mask: Tensor | None, *shape: int) -> tuple[int, ...]:
 
 
 def _blocks(
-    tile: Tile, layout: dict[str, object], d: int, P: int, mask: Tensor | None
+    tile: Tile, layout: dict[str, object], d: int, P: int, mask: Tensor | None, o: Options
 ) -> dict[str, object]:
     """Constants and launch options. Few prompts take a narrower block than tokens do."""
     narrow = max(16, min(tile.keys, triton.next_power_of_2(P)))
     blocks = dict(BLOCK_Q=tile.queries, BLOCK_K=tile.keys, BLOCK_P=narrow)
     blocks |= dict(HEAD_DIM=d, BLOCK_D=max(16, triton.next_power_of_2(d)))
     warps, stages = tile.warps, tile.stages
-    if layout["UNIT"] == 1 or mask is not None:
-        # loads of single elements, and a mask's, take many registers: over more threads
+    if layout["UNIT"] == 1 or mask is not None or o.softcap is not None:
+        # loads of single elements, a mask's, and a soft-cap take many registers: over more threads
         warps = 8
     if mask is not None:
         # a mask's blocks go through shared memory as well, and may take more of it than keys do
@@ -172,37 +71,66 @@ def _blocks(
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    causal: bool,
-    scale: float,
-    key_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    prompt_bias: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, o: Options
 ) -> tuple[Tensor, Tensor]:
     """([B, Hq, N, d] laid out as [B, N, Hq, d], lse [B, Hq, N] float32, natural logarithm)."""
     B, H, N, d = q.shape
-    (H_kv, M), P = k.shape[1:3], prompt_k.shape[1]
     out = q.new_empty(B, N, H, d).transpose(1, 2)
     lse = q.new_empty(B, H, N, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    tile = _tile("fwd", q)
-    strides, layout = _strides(q, k, v, prompt_k, prompt_v)
     with torch.cuda.device_of(q):
-        fwd_kernel[(B * H * triton.cdiv(N, tile.queries),)](
-            q, k, v, prompt_k, prompt_v, key_mask, attn_mask, prompt_bias,
-            out, lse,
-            H, N, M, P, scale,
-            *strides,
-            _mask_strides(key_mask, B, M),
-            _mask_strides(attn_mask, B, H, N, M), _mask_strides(prompt_bias, B, H, N, P),
-            CAUSAL=causal, GROUPS=H // H_kv, **_blocks(tile, layout, d, P, attn_mask),
-        )  # fmt: skip
+        if N == 1 and not o.packed:
+            _decode(q, k, v, prompt_k, prompt_v, out, lse, o)
+        else:
+            inputs = (q, k, v, prompt_k, prompt_v, out, lse, o)
+            best_tile("fwd", q, lambda tile: _launch_forward(*inputs, tile))
     return out, lse
+
+
+def _launch_forward(q, k, v, prompt_k, prompt_v, out, lse, o, tile, splits=None):
+    B, H, N, d = q.shape
+    (H_kv, M), P = k.shape[1:3], prompt_k.shape[-2]
+    strides, layout = _strides(q, k, v, prompt_k, prompt_v, out)
+    fwd_kernel[(_row_blocks(o, B, N, tile.queries) * H * (splits or 1),)](
+        q, k, v, prompt_k, prompt_v, o.key_mask, o.attn_mask, o.prompt_bias,
+        o.cu_seqlens_q, o.cu_seqlens_k, o.prompt_index, o.prompt_len,
+        out, lse,
+        B, H, N, M, P, _sequences(o), splits, o.scale, o.window, o.softcap,
+        *strides,
+        _mask_strides(o.key_mask, B, M),
+        _mask_strides(o.attn_mask, B, H, N, M), _mask_strides(o.prompt_bias, B, H, N, P),
+        CAUSAL=o.causal, GROUPS=H // H_kv, **_blocks(tile, layout, d, P, o.attn_mask, o),
+    )  # fmt: skip
+
+
+def _decode(q, k, v, prompt_k, prompt_v, out, lse, o):
+    """One query a head. It stands at the last key, so it sees all of them, or the last `window`."""
+    (B, H, _, d), (H_kv, M) = q.shape, k.shape[1:3]
+    if o.window is not None:
+        k, v = (x[:, :, max(0, M - o.window) :] for x in (k, v))
+        mask = None if o.key_mask is None else o.key_mask[:, max(0, M - o.window) :]
+        bias = None if o.attn_mask is None else o.attn_mask[..., max(0, M - o.window) :]
+        o, M = o._replace(key_mask=mask, attn_mask=bias, window=None), k.shape[2]
+    o = o._replace(causal=False)
+    if o.attn_mask is None and o.prompt_bias is None:
+        # the query heads that share a key head become its rows: keys are read once for all
+        q, out = (x[:, :, 0].unflatten(1, (H_kv, H // H_kv)) for x in (q, out))
+        lse = lse.view(B, H_kv, H // H_kv)
+    tile = best_tile("fwd", q)
+    programs = q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], tile.queries)
+    # about two programs a processor, but none with less than four blocks of keys
+    splits = min(2 * processors(q.device) // programs, M // (4 * tile.keys), _MOST_SPLITS)
+    if splits < 2:
+        _launch_forward(q, k, v, prompt_k, prompt_v, out, lse, o, tile)
+        return
+    part = out.new_empty(splits * B, *out.shape[1:], dtype=torch.float32)
+    part_lse = lse.new_empty(splits, lse.numel())
+    _launch_forward(q, k, v, prompt_k, prompt_v, part, part_lse, o, tile, splits)
+    merge_kernel[(lse.numel(),)](
+        part, part_lse, out, lse, lse.numel(), splits,
+        HEAD_DIM=d, BLOCK_D=max(16, triton.next_power_of_2(d)), BLOCK_S=_MOST_SPLITS, num_warps=4,
+    )  # fmt: skip
 
 
 def backward(
@@ -214,11 +142,7 @@ def backward(
     v: Tensor,
     prompt_k: Tensor,
     prompt_v: Tensor,
-    causal: bool,
-    scale: float,
-    key_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    prompt_bias: Tensor | None,
+    o: Options,
     tokens: bool,
     prompts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -229,76 +153,79 @@ def backward(
     with torch.cuda.device_of(q):
         dq, dk, dv, delta = (t.new_empty(0) for t in (q, k, v, lse))
         if tokens:
-            masks = (key_mask, attn_mask, prompt_bias)
-            dq, delta = _backward_queries(*inputs, causal, scale, *masks)
-            dk, dv = _backward_keys(*inputs[:6], delta, causal, scale, key_mask, attn_mask)
+            dq, delta = _backward_queries(*inputs, o)
+            dk, dv = _backward_keys(*inputs[:6], delta, o)
         dpk, dpv = (t.new_empty(0) for t in (prompt_k, prompt_v))
         if prompts:
-            dpk, dpv = _backward_prompts(*inputs, delta if tokens else None, scale, prompt_bias)
+            dpk, dpv = _backward_prompts(*inputs, delta if tokens else None, o)
     return dq, dk, dv, dpk, dpv
 
 
-def _backward_queries(
-    dout, out, lse, q, k, v, prompt_k, prompt_v, causal, scale, key_mask, attn_mask, prompt_bias
-):
+def _backward_queries(dout, out, lse, q, k, v, prompt_k, prompt_v, o):
     B, H, N, d = q.shape
-    (H_kv, M), P = k.shape[1:3], prompt_k.shape[1]
+    (H_kv, M), P = k.shape[1:3], prompt_k.shape[-2]
     dq, delta = _rows_like(q), torch.empty_like(lse)
-    if dq.numel() > 0:
-        tile = _tile("dq", q)
-        strides, layout = _strides(dout, out, q, k, v, prompt_k, prompt_v)
-        dq_kernel[(B * H * triton.cdiv(N, tile.queries),)](
-            dout, out, lse, q, k, v, prompt_k, prompt_v, key_mask, attn_mask, prompt_bias,
+    strides, layout = _strides(dout, out, q, k, v, prompt_k, prompt_v)
+
+    def launch(tile: Tile) -> None:
+        dq_kernel[(_row_blocks(o, B, N, tile.queries) * H,)](
+            dout, out, lse, q, k, v, prompt_k, prompt_v, o.key_mask, o.attn_mask, o.prompt_bias,
+            o.cu_seqlens_q, o.cu_seqlens_k, o.prompt_index, o.prompt_len,
             dq, delta,
-            H, N, M, P, scale,
+            H, N, M, P, _sequences(o), o.scale, o.window, o.softcap,
             *strides,
-            _mask_strides(key_mask, B, M),
-            _mask_strides(attn_mask, B, H, N, M), _mask_strides(prompt_bias, B, H, N, P),
-            CAUSAL=causal, GROUPS=H // H_kv, **_blocks(tile, layout, d, P, attn_mask),
+            _mask_strides(o.key_mask, B, M),
+            _mask_strides(o.attn_mask, B, H, N, M), _mask_strides(o.prompt_bias, B, H, N, P),
+            CAUSAL=o.causal, GROUPS=H // H_kv, **_blocks(tile, layout, d, P, o.attn_mask, o),
         )  # fmt: skip
+
+    if dq.numel() > 0:
+        best_tile("dq", q, launch)
     return dq, delta
 
 
-def _backward_keys(dout, out, lse, q, k, v, delta, causal, scale, key_mask, attn_mask):
+def _backward_keys(dout, out, lse, q, k, v, delta, o):
     (B, H, N, d), (H_kv, M) = q.shape, k.shape[1:3]
     dk, dv = _rows_like(k), _rows_like(v)
-    if dk.numel() > 0:
-        tile = _tile("dkv", q)
-        strides, layout = _strides(dout, q, k, v)
-        blocks = _blocks(tile, layout, d, 0, attn_mask)
+    strides, layout = _strides(dout, q, k, v)
+
+    def launch(tile: Tile) -> None:
+        blocks = _blocks(tile, layout, d, 0, o.attn_mask, o)
         del blocks["BLOCK_P"]
-        dkv_kernel[(B * H_kv * triton.cdiv(M, tile.keys),)](
-            dout, lse, delta, q, k, v, key_mask, attn_mask,
+        dkv_kernel[(_row_blocks(o, B, M, tile.keys) * H_kv,)](
+            dout, lse, delta, q, k, v, o.key_mask, o.attn_mask, o.cu_seqlens_q, o.cu_seqlens_k,
             dk, dv,
-            H, N, M, scale,
+            H, N, M, _sequences(o), o.scale, o.window, o.softcap,
             *strides,
-            _mask_strides(key_mask, B, M), _mask_strides(attn_mask, B, H, N, M),
-            CAUSAL=causal, GROUPS=H // H_kv, **blocks,
+            _mask_strides(o.key_mask, B, M), _mask_strides(o.attn_mask, B, H, N, M),
+            CAUSAL=o.causal, GROUPS=H // H_kv, **blocks,
         )  # fmt: skip
+
+    if dk.numel() > 0:
+        best_tile("dkv", q, launch)
     return dk, dv
 
 
-def _backward_prompts(dout, out, lse, q, k, v, prompt_k, prompt_v, delta, scale, prompt_bias):
-    (B, H, N, d), (H_kv, P, _) = q.shape, prompt_k.shape
+def _backward_prompts(dout, out, lse, q, k, v, prompt_k, prompt_v, delta, o):
+    (B, H, N, d), (H_kv, P, _) = q.shape, prompt_k.shape[-3:]
     dpk, dpv = (t.new_empty(t.shape) for t in (prompt_k, prompt_v))
     if dpk.numel() == 0:
         return dpk, dpv
     if q.numel() == 0:
         return dpk.zero_(), dpv.zero_()
-    tile = _tile("prompts", q)
+    tile = best_tile("prompts", q)
     strides, layout = _strides(dout, out, q, prompt_k, prompt_v)
-    blocks = _blocks(tile, layout, d, P, prompt_bias)
+    blocks = _blocks(tile, layout, d, P, o.prompt_bias, o)
     del blocks["BLOCK_K"]
-    # about two programs a processor, each with as many query blocks as that leaves it
-    items, p_blocks = B * (H // H_kv) * triton.cdiv(N, tile.queries), triton.cdiv(P, tile.keys)
-    per_split = triton.cdiv(items * H_kv * p_blocks, 2 * _processors(q.device))
-    splits = triton.cdiv(items, per_split)
-    partial = q.new_empty(2, splits, H_kv, P, d, dtype=torch.float32)
-    prompts_kernel[(H_kv * splits * triton.cdiv(P, blocks["BLOCK_P"]),)](
-        dout, out, lse, delta, q, prompt_k, prompt_v, prompt_bias,
+    order, starts, sets = _samples_by_set(o, prompt_k)
+    splits, items, per_split = _shares(o, q, prompt_k, sets, tile, delta is not None)
+    partial = q.new_empty(2, splits, sets, H_kv, P, d, dtype=torch.float32)
+    prompts_kernel[(sets * H_kv * splits * triton.cdiv(P, blocks["BLOCK_P"]),)](
+        dout, out, lse, delta, q, prompt_k, prompt_v, o.prompt_bias,
+        o.cu_seqlens_q, order, starts, o.prompt_len,
         partial,
-        H, N, P, scale, items, per_split, splits,
-        *strides, _mask_strides(prompt_bias, B, H, N, P),
+        H, N, P, sets, o.scale, o.softcap, items, per_split, splits,
+        *strides, _mask_strides(o.prompt_bias, B, H, N, P),
         GROUPS=H // H_kv, **blocks,
     )  # fmt: skip
     block = 256
@@ -306,6 +233,45 @@ def _backward_prompts(dout, out, lse, q, k, v, prompt_k, prompt_v, delta, scale,
         partial, dpk, dpv, dpk.numel(), splits, BLOCK=block
     )
     return dpk, dpv
+
+
+def _shares(o, q, prompt_k, sets, tile, tokens) -> tuple[int, int, int]:
+    """(splits, items, items a split) of the prompts' gradients.
+
+    About two programs a processor, but partial sums of at most 5% of what is written anyway: out
+    and, with the tokens' gradients, as much three times more.
+    """
+    (B, H, N), (H_kv, P) = q.shape[:3], prompt_k.shape[-3:-1]
+    groups, p_blocks = H // H_kv, triton.cdiv(P, tile.keys)
+    most = max(1, 2 * processors(q.device) // (sets * H_kv * p_blocks))
+    written = q.numel() * q.element_size() * (4 if tokens else 1)
+    most = min(most, max(1, int(0.05 * written) // (8 * prompt_k.numel())))
+    if o.prompt_index is not None:
+        return min(most, o.prompt_index.numel() * groups), 0, 0
+    items = B * groups * triton.cdiv(N, tile.queries)
+    per_split = triton.cdiv(items, min(most, items))
+    return triton.cdiv(items, per_split), items, per_split
+
+
+def _samples_by_set(o, prompt_k) -> tuple[Tensor | None, Tensor | None, int]:
+    """(samples in the order of their sets, where each set's begin, sets), without a device sync."""
+    if o.prompt_index is None:
+        return None, None, 1
+    sets = prompt_k.shape[0]
+    chosen, order = o.prompt_index.sort(stable=True)
+    starts = torch.searchsorted(chosen, torch.arange(sets + 1, device=order.device).to(chosen))
+    return order, starts, sets
+
+
+def _row_blocks(o: Options, B: int, N: int, block: int) -> int:
+    """Blocks of rows: of B samples of N, or of packed sequences, each with a part of a block."""
+    if o.packed:
+        return triton.cdiv(N, block) + _sequences(o)
+    return B * triton.cdiv(N, block)
+
+
+def _sequences(o: Options) -> int | None:
+    return o.cu_seqlens_q.numel() - 1 if o.packed else None
 
 
 def _rows_like(x: Tensor) -> Tensor:

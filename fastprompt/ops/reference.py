@@ -6,10 +6,30 @@ from torch import Tensor
 
 
 def prompt_attention(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, **options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    prompt_index: Tensor | None = None,
+    **options,
 ) -> Tensor:
     """``softmax(scale · q [prompt_k ; k]ᵀ + bias) [prompt_v ; v]``; see `ops.prompt_attention`."""
-    return prompt_attention_with_weights(q, k, v, prompt_k, prompt_v, **options)[0]
+    prompts = (prompt_k, prompt_v)
+    if cu_seqlens_q is None:
+        rows = (q, k, v, *prompts)
+        return prompt_attention_with_weights(*rows, prompt_index=prompt_index, **options)[0]
+    # packed sequences: each alone, with its own prompts
+    ends, outs = (cu_seqlens_q.tolist(), cu_seqlens_k.tolist()), []
+    for i in range(len(ends[0]) - 1):
+        of_q, of_k = (slice(end[i], end[i + 1]) for end in ends)
+        rows = (q[:, :, of_q], k[:, :, of_k], v[:, :, of_k], *prompts)
+        chosen = None if prompt_index is None else prompt_index[i : i + 1]
+        outs.append(prompt_attention_with_weights(*rows, prompt_index=chosen, **options)[0])
+    return torch.cat(outs, dim=2)
 
 
 def prompt_attention_with_weights(
@@ -24,18 +44,30 @@ def prompt_attention_with_weights(
     key_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
     prompt_bias: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    prompt_index: Tensor | None = None,
+    prompt_len: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, N, d] and probabilities [B, Hq, N, P+M], prompts first, after any dropout."""
     B, Hq, N, d = q.shape
-    M, P = k.shape[2], prompt_k.shape[1]
+    M, P = k.shape[2], prompt_k.shape[-2]
     groups = Hq // k.shape[1]
+    if prompt_index is not None:
+        prompt_k, prompt_v = prompt_k[prompt_index], prompt_v[prompt_index]  # [B, Hkv, P, d]
     keys = torch.cat([prompt_k.expand(B, -1, -1, -1), k], dim=2).repeat_interleave(groups, dim=1)
     values = torch.cat([prompt_v.expand(B, -1, -1, -1), v], dim=2).repeat_interleave(groups, dim=1)
 
     scores = q @ keys.transpose(-1, -2) * (d**-0.5 if scale is None else scale)
-    tokens = additive_mask(N, M, scores, causal=causal, key_mask=key_mask, attn_mask=attn_mask)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    masks = dict(causal=causal, key_mask=key_mask, attn_mask=attn_mask, window=window)
+    tokens = additive_mask(N, M, scores, **masks)
     prompts = scores.new_zeros(1, 1, N, P) if prompt_bias is None else prompt_bias.to(scores.dtype)
+    if prompt_len is not None:
+        absent = torch.arange(P, device=q.device) >= prompt_len[prompt_index][:, None]  # [B, P]
+        prompts = prompts.masked_fill(absent[:, None, None, :], -torch.inf)
     lead = torch.broadcast_shapes(tokens.shape[:2], prompts.shape[:2])
     bias = torch.cat([prompts.expand(*lead, N, P), tokens.expand(*lead, N, M)], dim=-1)
 
@@ -56,14 +88,23 @@ def additive_mask(
     causal: bool = False,
     key_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    window: int | None = None,
+    ahead: int | None = None,
 ) -> Tensor:
     """What is added to the scores of the tokens, [B or 1, H or 1, N, M], in ``like``'s dtype.
 
-    Causal is aligned at the last key: query n sees keys 0 .. n + M - N.
+    Query n stands at key n + ahead; M - N unless given, so that the last query stands at the last
+    key. Causal hides the keys after that place, ``window`` those that far or further from it.
     """
     bias = like.new_zeros(1, 1, N, M)
-    if causal:
-        hidden = torch.ones(N, M, dtype=torch.bool, device=like.device).triu(M - N + 1)
+    if causal or window is not None:
+        n, j = (torch.arange(size, device=like.device) for size in (N, M))
+        back = n[:, None] + (M - N if ahead is None else ahead) - j  # how far behind its query
+        hidden = torch.zeros_like(back, dtype=torch.bool)
+        if causal:
+            hidden |= back < 0
+        if window is not None:
+            hidden |= back.abs() >= window
         bias = bias.masked_fill(hidden, -torch.inf)
     if key_mask is not None:
         bias = bias.masked_fill(~key_mask[:, None, None, :], -torch.inf)

@@ -1,0 +1,190 @@
+"""What `prompt_attention` takes beside its five tensors, and what it refuses."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "native", "vendor", "xformers", "reference")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# in the order of `Options`, as torch.library writes them
+SCHEMA = (
+    "bool causal, float scale, Tensor? key_mask, Tensor? attn_mask, Tensor? prompt_bias, "
+    "SymInt? window, float? softcap, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? prompt_index, Tensor? prompt_len, str backend"
+)
+
+
+class Options(NamedTuple):
+    """See `ops.prompt_attention` for each."""
+
+    causal: bool
+    scale: float
+    key_mask: Tensor | None = None
+    attn_mask: Tensor | None = None
+    prompt_bias: Tensor | None = None
+    window: int | None = None
+    softcap: float | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    prompt_index: Tensor | None = None
+    prompt_len: Tensor | None = None
+    backend: str = "auto"
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    def of(self, samples: slice) -> "Options":
+        """Those of some samples of the batch; packed sequences are one sample."""
+        if self.packed:
+            return self
+        own = {}
+        for name in ("key_mask", "attn_mask", "prompt_bias", "prompt_index"):
+            x = getattr(self, name)
+            if x is not None and (name in ("key_mask", "prompt_index") or len(x) > 1):
+                own[name] = x[samples]
+        return self._replace(**own)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(getattr(self, name) for name in TENSORS)
+
+
+TENSORS = (
+    "key_mask", "attn_mask", "prompt_bias",
+    "cu_seqlens_q", "cu_seqlens_k", "prompt_index", "prompt_len",
+)  # fmt: skip
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, o: Options) -> None:
+    """Raises ValueError for whatever the op does not serve, saying what was wanted and came."""
+    if o.backend not in BACKENDS:
+        raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {o.backend!r}")
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(
+            f"want q [B, Hq, N, d] and k [B, Hkv, M, d]; got {_shape(q)} and {_shape(k)}"
+        )
+    if o.backend == "native" and q.device.type == "cuda":
+        raise ValueError('backend: want tensors on the CPU for "native", got them on cuda')
+    (B, Hq, N, d), (Hkv, M) = q.shape, k.shape[1:3]
+    if d % 8 or not 0 < d <= 256:
+        raise ValueError(f"d: want a multiple of 8 up to 256, got {d}")
+    if Hkv == 0 or Hq % Hkv:
+        raise ValueError(f"want Hkv to divide Hq; got Hkv {Hkv} and Hq {Hq}")
+    _want("k", k, (B, Hkv, M, d))
+    _want("v", v, (B, Hkv, M, d))
+    _check_tensors(q, dict(k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v))
+    _check_packed(q, M, o)
+    if o.causal and M < N and not o.packed:
+        raise ValueError(f"causal: want at least as many keys as queries; got M {M} and N {N}")
+    _check_prompts(prompt_k, prompt_v, (B, Hkv, d), o)
+    P = prompt_k.shape[-2]
+
+    if o.key_mask is not None:
+        if o.key_mask.dtype != torch.bool:
+            raise ValueError(f"key_mask: want bool, got {o.key_mask.dtype}")
+        _want("key_mask", o.key_mask, (B, M), q.device)
+    _want_mask("attn_mask", o.attn_mask, (B, Hq, N, M), q.device, or_bool=True)
+    _want_mask("prompt_bias", o.prompt_bias, (B, Hq, N, P), q.device, or_bool=False)
+    if o.window is not None and o.window < 1:
+        raise ValueError(f"window: want at least 1, got {o.window}")
+    if o.softcap is not None and not o.softcap > 0:
+        raise ValueError(f"softcap: want a number above 0, got {o.softcap}")
+
+
+def _check_tensors(q, others):
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q: want float32, float16, bfloat16 or float64; got {q.dtype}")
+    for name, x in others.items():
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name}: want {q.dtype} on {q.device}; got {x.dtype} on {x.device}")
+    for name, x in dict(q=q, **others).items():
+        if x.stride(-1) != 1 and x.numel() > 0:
+            raise ValueError(f"{name}: want a contiguous last axis; got strides {x.stride()}")
+    if q.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"want tensors on cpu or cuda; got {q.device}")
+
+
+def _check_packed(q, M, o):
+    if (o.cu_seqlens_q is None) != (o.cu_seqlens_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k: want both or none of them")
+    if not o.packed:
+        return
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens_q: want packed rows, a batch of 1; got {q.shape[0]}")
+    for name in ("key_mask", "attn_mask", "prompt_bias"):
+        if getattr(o, name) is not None:
+            raise ValueError(f"{name}: want none beside cu_seqlens_q (pack what is to be seen)")
+    for name, rows in (("cu_seqlens_q", q.shape[2]), ("cu_seqlens_k", M)):
+        ends = getattr(o, name)
+        _want_whole(name, ends, (o.cu_seqlens_q.numel(),), q.device)
+        if ends.numel() < 2:
+            raise ValueError(f"{name}: want at least one sequence, [0, length]; got {_shape(ends)}")
+        if ends.device.type == "cpu" and not torch.compiler.is_compiling():
+            values = ends.tolist()  # on a GPU it would wait for the device
+            if values[0] != 0 or values[-1] != rows or values != sorted(values):
+                raise ValueError(f"{name}: want 0 .. {rows} in rising order, got {values[:9]}")
+            if o.causal and name == "cu_seqlens_k":
+                lengths = (o.cu_seqlens_q.diff(), ends.diff())
+                if (lengths[0] > lengths[1]).any():
+                    raise ValueError("causal: want as many keys as queries in every sequence")
+
+
+def _check_prompts(prompt_k, prompt_v, sizes, o):
+    B, Hkv, d = sizes
+    if o.prompt_index is None:
+        if o.prompt_len is not None:
+            raise ValueError("prompt_len: want prompt_index beside it, which picks the set")
+        P = prompt_k.shape[1] if prompt_k.ndim == 3 else 0
+        _want("prompt_k", prompt_k, (Hkv, P, d))
+        _want("prompt_v", prompt_v, (Hkv, P, d))
+        return
+    samples = o.cu_seqlens_q.numel() - 1 if o.packed else B
+    _want_whole("prompt_index", o.prompt_index, (samples,), prompt_k.device)
+    S, P = (prompt_k.shape[0], prompt_k.shape[2]) if prompt_k.ndim == 4 else (1, 0)
+    _want("prompt_k", prompt_k, (S, Hkv, P, d))
+    _want("prompt_v", prompt_v, (S, Hkv, P, d))
+    if o.prompt_len is not None:
+        _want_whole("prompt_len", o.prompt_len, (S,), prompt_k.device)
+    if o.prompt_index.device.type == "cpu" and not torch.compiler.is_compiling():
+        _within("prompt_index", o.prompt_index, 0, S - 1)
+        if o.prompt_len is not None:
+            _within("prompt_len", o.prompt_len, 0, P)
+
+
+def _within(name, x, low, high):
+    if x.numel() and not low <= int(x.min()) <= int(x.max()) <= high:
+        raise ValueError(f"{name}: want {low} .. {high}, got {int(x.min())} .. {int(x.max())}")
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)
+
+
+def _want(name, x, shape, device=None):
+    if x.shape != torch.Size(shape):
+        raise ValueError(f"{name}: want {list(shape)}, got {_shape(x)}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name}: want it on {device}, got {x.device}")
+
+
+def _want_whole(name, x, shape, device):
+    if x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: want int32 or int64, got {x.dtype}")
+    _want(name, x, shape, device)
+
+
+def _want_mask(name, mask, full, device, or_bool):
+    if mask is None:
+        return
+    B, H, N, M = full
+    if mask.ndim != 4 or mask.shape[0] not in (1, B) or mask.shape[1] not in (1, H):
+        raise ValueError(f"{name}: want [{B} or 1, {H} or 1, {N}, {M}], got {_shape(mask)}")
+    _want(name, mask, (*mask.shape[:2], N, M), device)
+    if not (mask.is_floating_point() or (or_bool and mask.dtype == torch.bool)):
+        kinds = "bool or floating point" if or_bool else "floating point"
+        raise ValueError(f"{name}: want {kinds}, got {mask.dtype}")
+    if mask.requires_grad:
+        raise ValueError(f"{name}: want it frozen (this op gives no gradient for it)")

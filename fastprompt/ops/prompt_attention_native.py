@@ -1,0 +1,62 @@
+"""`prompt_attention` on the CPU by csrc/attention: one pass over prompts and tokens, both ways."""
+
+import torch
+from torch import Tensor
+
+from fastprompt import native
+from fastprompt.ops.options import Options
+
+DTYPES = (torch.float32, torch.bfloat16)
+_LONGEST = 1 << 20  # keys times channels that a core keeps beside its scores
+
+
+def serves(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options) -> bool:
+    """Whether csrc takes this call; whatever it does not take is the vendor's."""
+    keys = k.shape[2] + prompt_k.shape[-2]
+    return (
+        q.dtype in DTYPES
+        and native.available()
+        and (o.attn_mask, o.prompt_bias, o.softcap, o.cu_seqlens_q, o.prompt_index) == (None,) * 5
+        and keys * q.shape[3] <= _LONGEST
+        # a pair of a sample and a key head is one thread's work
+        and k.shape[0] * k.shape[1] >= min(2, torch.get_num_threads())
+        and q.shape[2] > 1  # a single query is bound by reading the keys: the vendor's is made so
+    )
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, o: Options
+) -> tuple[Tensor, Tensor]:
+    """([B, Hq, N, d] laid out as [B, N, Hq, d], lse [B, Hq, N] float32, natural logarithm)."""
+    B, H, N, _ = q.shape
+    out, lse = _rows_like(q), q.new_empty(B, H, N, dtype=torch.float32)
+    native.attention(q, k, v, prompt_k, prompt_v, out, lse, **_options(o))
+    return out, lse
+
+
+def backward(
+    dout, out, lse, q, k, v, prompt_k, prompt_v, o: Options, tokens: bool, prompts: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dprompt_k, dprompt_v); empty tensors for what is not asked."""
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    rows = tuple(_rows_like(x) for x in (q, k, v)) if tokens else None
+    shares = None
+    if prompts:
+        parts = native.attention_parts(k.shape[0] * k.shape[1])
+        shares = torch.zeros(parts, 2, *prompt_k.shape)
+    native.attention(
+        q, k, v, prompt_k, prompt_v, out, lse,
+        dout=dout, token_grads=rows, prompt_grads=shares, **_options(o),
+    )  # fmt: skip
+    own = [shares[:, i].sum(0).to(q.dtype) if prompts else q.new_empty(0) for i in (0, 1)]
+    return *(rows or [q.new_empty(0) for _ in range(3)]), *own
+
+
+def _options(o: Options) -> dict:
+    mask = None if o.key_mask is None else o.key_mask.contiguous()
+    return dict(causal=o.causal, scale=o.scale, window=o.window, key_mask=mask)
+
+
+def _rows_like(x: Tensor) -> Tensor:
+    """[B, heads, rows, d] laid out as [B, rows, heads, d]."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)

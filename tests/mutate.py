@@ -1,0 +1,120 @@
+"""Break one line at a time; some test must fail.  python tests/mutate.py [FILE ...] [--jobs 2]
+
+Every line of the given files that computes something (device code of the Triton kernels and the
+vendors' merge by default) gets one change: an operator or a function swapped for another. A copy
+of the repository with that one change runs the tests that the file answers to. What survives is
+printed; tests/README.md records the last run and says of each survivor why it may live.
+"""
+
+import argparse
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tokenize
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).parent.parent
+OPS = "fastprompt/ops/"
+TESTS = ["tests/test_prompt_attention_sets.py", "tests/test_prompt_attention.py"]
+FILES = {  # file -> what selects its tests
+    OPS + "prompt_attention_kernels.py": "triton and not float16 and not bfloat16",
+    OPS + "prompt_attention_gradients.py": "triton and not float16 and not bfloat16",
+    OPS + "prompt_attention_triton.py": "triton and not float16 and not bfloat16",
+    OPS + "prompt_attention_merge.py": "vendor",
+    OPS + "products.py": "vendor",
+}
+SWAPS = {
+    "+": "-", "-": "+", "*": "+", "//": "*", "/": "*", "%": "+", "<": "<=", "<=": "<", ">": ">=",
+    ">=": ">", "&": "|", "+=": "-=", "*=": "+=", "==": "!=", "and": "or", "or": "and",
+    "exp2": "exp", "log2": "log", "exp": "exp2", "log": "log2", "maximum": "minimum", "minimum":
+    "maximum", "max": "min", "min": "max", "sum": "max", "True": "False", "False": "True",
+    "exp_": "exp2_", "mul_": "add_", "sub_": "add_", "amax": "amin", "logaddexp": "maximum",
+}  # fmt: skip
+SKIP = ("import", "@", '"""', "assert", "#", "def ", "return", "raise")
+
+
+def mutations(source: str) -> list[tuple[int, str, str]]:
+    """(line number, the line, the line changed), one for each line that computes."""
+    lines, found, inside = [*source.splitlines(), ""], {}, False
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, column = token.start
+        line = lines[row - 1]
+        if token.type == tokenize.NAME and token.string == "def":
+            inside = True
+        if not inside or row in found or line.strip().startswith(SKIP):
+            continue
+        swap = SWAPS.get(token.string)
+        if swap is None or swap == token.string or token.type not in (tokenize.OP, tokenize.NAME):
+            continue
+        before = line[:column].rstrip()
+        if token.string in "+-*" and (not before or before[-1] in "(,=[:*"):
+            continue  # a sign, or unpacking
+        found[row] = line[:column] + swap + line[column + len(token.string) :]
+    return [(row, lines[row - 1], new) for row, new in sorted(found.items())]
+
+
+def copy_of_the_repository() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="mutant-"))
+    for part in ("fastprompt", "tests", "benchmarks", "pyproject.toml"):
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / part)
+    return folder
+
+
+def survives(folder: Path, file: str, row: int, new: str) -> bool:
+    path = folder / file
+    source = path.read_text()
+    lines = source.splitlines(keepends=True)
+    lines[row - 1] = new + "\n"
+    path.write_text("".join(lines))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            [*command, "-k", FILES[file]], cwd=folder, env=env, capture_output=True, timeout=600
+        )
+        return done.returncode == 0
+    except subprocess.TimeoutExpired:
+        return False  # a loop without end is noticed, too
+    finally:
+        path.write_text(source)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*", default=list(FILES))
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    folders: Queue[Path] = Queue()
+    for _ in range(given.jobs):
+        folders.put(copy_of_the_repository())
+    jobs = [(f, *m) for f in given.files for m in mutations((ROOT / f).read_text())]
+
+    def judge(job):
+        file, row, old, new = job
+        folder = folders.get()
+        try:
+            lives = survives(folder, file, row, new)
+        finally:
+            folders.put(folder)
+        word = "SURVIVED" if lives else "killed"
+        print(f"{word} {file}:{row}: {old.strip()}  ->  {new.strip()}", flush=True)
+        return lives
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        lives = list(pool.map(judge, jobs))
+    print(f"{len(jobs)} lines broken, {len(jobs) - sum(lives)} noticed, {sum(lives)} not")
+    while not folders.empty():
+        shutil.rmtree(folders.get())
+
+
+if __name__ == "__main__":
+    main()

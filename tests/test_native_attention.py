@@ -1,0 +1,101 @@
+"""csrc's attention on every instruction set that this machine runs."""
+
+from functools import partial
+
+import pytest
+import torch
+from compare import assert_as_accurate
+
+from fastprompt import native
+from fastprompt.ops import prompt_attention, reference
+
+SHAPES = {  # B, Hq, Hkv, N, M, P, d; lanes are queries and channels, so their remainders count
+    "whole vectors": (2, 4, 2, 64, 64, 10, 64),
+    "narrow": (3, 3, 3, 33, 47, 7, 8),
+    "odd channels": (2, 2, 1, 21, 21, 5, 24),
+    "channels past a vector": (1, 2, 2, 70, 90, 3, 72),
+    "long": (1, 2, 2, 19, 2100, 20, 16),
+    "many samples": (70, 2, 2, 3, 3, 2, 16),
+    "no prompt": (2, 2, 2, 12, 12, 0, 16),
+}
+OPTIONS = {
+    "full": {},
+    "causal": dict(causal=True, scale=-0.3),
+    "window": dict(causal=True, window=9),
+    "window both ways": dict(window=5),
+}
+
+
+@pytest.fixture(params=native.variants())
+def variant(request, monkeypatch):
+    """Makes the op take one instruction set."""
+    monkeypatch.setattr(native, "attention", partial(native.attention, variant=request.param))
+    return request.param
+
+
+def make(shape, dtype):
+    B, Hq, Hkv, N, M, P, d = shape
+    torch.manual_seed(0)
+    q = torch.randn(B, N, Hq, d, dtype=dtype).transpose(1, 2)
+    k, v = torch.randn(B, M, 2, Hkv, d, dtype=dtype).unbind(2)
+    prompts = torch.randn(2, Hkv, P, d, dtype=dtype).unbind(0)
+    return [
+        t.detach().requires_grad_() for t in (q, k.transpose(1, 2), v.transpose(1, 2), *prompts)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_as_accurate_as_eager(variant, shape, options, masked, dtype):
+    B, Hq, _, N, M, _, d = SHAPES[shape]
+    options = dict(OPTIONS[options])
+    if masked:
+        options["key_mask"] = torch.rand(B, M) > 0.3
+        options["key_mask"][-1] = False  # one sample sees no token
+    ours = partial(prompt_attention, backend="native", **options)
+    eager = partial(reference.prompt_attention, **options)
+    assert_as_accurate(ours, eager, make(SHAPES[shape], dtype), torch.randn(B, Hq, N, d))
+
+
+def test_scores_too_large_for_an_exponential(variant):
+    """Scores of 1e4: all but the largest vanish, nothing overflows."""
+    inputs = make(SHAPES["narrow"], torch.float32)
+    with torch.no_grad():
+        inputs[0].mul_(3e3)
+    out = prompt_attention(*inputs, backend="native")
+    eager = reference.prompt_attention(*inputs)
+    truth = reference.prompt_attention(*(t.double() for t in inputs))
+    assert (out - truth).norm() <= 2 * (eager - truth).norm() + 1e-6 * truth.norm()
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(variant, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = partial(prompt_attention, backend="native", causal=True)
+        eager = partial(reference.prompt_attention, causal=True)
+        shape = SHAPES["many samples"]
+        assert_as_accurate(ours, eager, make(shape, torch.float32), torch.randn(70, 2, 3, 16))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_refusals():
+    if not native.available():
+        pytest.skip("the native part is missing")
+    q, k, v, pk, pv = (t.detach() for t in make(SHAPES["narrow"], torch.float32))
+    out, lse = torch.empty_like(q), torch.empty(3, 3, 33)
+    call = partial(native.attention, causal=False, scale=1.0)
+    with pytest.raises(ValueError, match=r"want torch.float32 rows .* got torch.float64"):
+        call(q, k.double(), v, pk, pv, out, lse)
+    with pytest.raises(ValueError, match=r"q: want float32 or bfloat16, got torch.float16"):
+        call(*(t.half() for t in (q, k, v, pk, pv, out)), lse)
+    with pytest.raises(ValueError, match=r"lse: want contiguous torch.float32"):
+        call(q, k, v, pk, pv, out, lse.double())
+    with pytest.raises(ValueError, match="variant: want one of"):
+        call(q, k, v, pk, pv, out, lse, variant="sse9")

@@ -1,0 +1,121 @@
+"""prompt_attention on whatever hypothesis comes up with, under the one rule of accuracy.
+
+Shapes, strides, dtypes, masks, windows, sets and packing are drawn together; every output starts as
+NaN, so that an element nobody writes shows.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from compare import assert_as_accurate
+from conftest import DEVICE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_prompt_attention import BACKENDS
+
+from fastprompt.ops import prompt_attention, reference
+
+EXAMPLES = {"native": 300, "vendor": 300, "triton": 60 if DEVICE == "cpu" else 300, "xformers": 300}
+LAYOUTS = ("plain", "qkv", "expanded", "every second row", "wide")
+
+
+@pytest.fixture(autouse=True)
+def outputs_start_as_nan(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def heads(layout, B, H, rows, d, dtype):
+    """[B, H, rows, d] with the strides of a layout."""
+    like = dict(dtype=dtype, device=DEVICE)
+    if layout == "expanded":
+        return torch.randn(1, H, rows, d, **like).expand(B, -1, -1, -1)
+    if layout == "every second row":
+        return torch.randn(B, H, 2 * rows, d, **like)[:, :, ::2]
+    if layout == "wide":  # strides that divide by nothing
+        return torch.randn(B, rows, H, d + 3, **like)[..., :d].transpose(1, 2)
+    if layout == "qkv":
+        return torch.randn(B, rows, 3, H, d, **like)[:, :, 1].transpose(1, 2)
+    return torch.randn(B, H, rows, d, **like)
+
+
+@st.composite
+def calls(draw, half):
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, *half]))
+    d = draw(st.sampled_from([8, 16, 24, 40, 64, 72, 80, 128]))
+    Hkv, groups, P = (draw(st.integers(*r)) for r in ((1, 3), (1, 4), (0, 20)))
+    causal, packed = draw(st.booleans()), draw(st.booleans())
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+
+    if packed:
+        lengths = draw(
+            st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=4)
+        )
+        lengths = [(n, n + m if causal else m) for n, m in lengths]
+        B, samples = 1, len(lengths)
+        N, M = (sum(x) for x in zip(*lengths, strict=True))
+    else:
+        B, N, M = (draw(st.integers(*r)) for r in ((1, 3), (1, 70), (0, 70)))
+        samples, M = B, N + M if causal else M
+    kwargs = dict(causal=causal, scale=draw(st.sampled_from([None, 0.5, -0.2])))
+    kwargs["window"] = draw(st.sampled_from([None, None, 1, 7, 100]))
+    kwargs["softcap"] = draw(st.sampled_from([None, None, 1.0, 30.0]))
+    like = dict(device=DEVICE)
+    if packed:
+        for name, side in (("cu_seqlens_q", 0), ("cu_seqlens_k", 1)):
+            ends = [0, *torch.tensor([x[side] for x in lengths]).cumsum(0).tolist()]
+            kwargs[name] = torch.tensor(ends, dtype=torch.int32, **like)
+    else:
+        if draw(st.booleans()):
+            kwargs["key_mask"] = torch.rand(B, M, **like) > draw(st.sampled_from([0.0, 0.4, 1.0]))
+        lead = draw(st.sampled_from([(1, 1), (B, 1), (B, Hkv * groups)]))
+        mask = draw(st.sampled_from([None, None, "bool", "float"]))
+        if mask == "bool":
+            kwargs["attn_mask"] = torch.rand(*lead, N, M, **like) > 0.4
+        if mask == "float":
+            kwargs["attn_mask"] = torch.randn(*lead, N, M, **like)
+        if draw(st.booleans()):
+            kwargs["prompt_bias"] = torch.randn(*lead, N, P, **like)
+    sets = draw(st.integers(0, 3))
+    if sets:
+        kwargs["prompt_index"] = torch.randint(sets, (samples,), **like)
+        if draw(st.booleans()):
+            kwargs["prompt_len"] = torch.randint(P + 1, (sets,), **like)
+
+    q, k, v = (
+        heads(draw(st.sampled_from(LAYOUTS)), B, H, rows, d, dtype)
+        for H, rows in ((Hkv * groups, N), (Hkv, M), (Hkv, M))
+    )
+    prompts = [
+        heads(draw(st.sampled_from(LAYOUTS)), max(1, sets), Hkv, P, d, dtype) for _ in range(2)
+    ]
+    prompts = prompts if sets else [p[0] for p in prompts]
+    # at least the prompts want a gradient; sometimes the tokens do not
+    tokens = draw(st.booleans())
+    inputs = [t.detach().requires_grad_(tokens) for t in (q, k, v)]
+    inputs += [t.detach().requires_grad_() for t in prompts]
+    grad_out = torch.randn(B, Hkv * groups, N, d, **like)
+    if draw(st.booleans()):
+        grad_out = grad_out[:, :, :1, :1].expand_as(grad_out)
+    return inputs, grad_out, kwargs
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_call_is_as_accurate_as_eager(backend):
+    half = [] if backend == "triton" and DEVICE == "cpu" else [torch.bfloat16]
+
+    @settings(
+        max_examples=EXAMPLES[backend], deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(calls(half))
+    def fuzz(call):
+        inputs, grad_out, kwargs = call
+        ours = partial(prompt_attention, backend=backend, **kwargs)
+        eager = partial(reference.prompt_attention, **kwargs)
+        assert_as_accurate(ours, eager, inputs, grad_out)
+
+    fuzz()
