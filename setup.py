@@ -127,8 +127,8 @@ class NinjaBuild(build_ext):
         if compiler is None:
             print(
                 f"\nfastprompt: installing WITHOUT its native part ({why}).\n"
-                "fastprompt: everything works, 4-bit weights on the CPU are decoded by torch, "
-                "several times slower.\n",
+                "fastprompt: everything works; on the CPU torch decodes 4-bit weights, several "
+                "times slower, and computes attention.\n",
                 file=sys.stderr,
             )
             return

@@ -74,7 +74,7 @@ def machine() -> str:
     has = "installed" if vendors.has_xformers() else "not installed"
     lines.append(f"xformers: {has} (backend='xformers')")
     active = native.isa() if native.available() else f"missing, {native.why_missing()}"
-    lines.append(f"compiled part (4-bit weights on the CPU): {active}")
+    lines.append(f"compiled part (attention and 4-bit weights on the CPU): {active}")
     return "\n".join(lines)
 
 

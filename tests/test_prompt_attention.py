@@ -206,9 +206,10 @@ def test_output_reshapes_without_a_copy():
     assert rows.reshape(*rows.shape[:2], -1).data_ptr() == out.data_ptr()
 
 
-def test_float64_is_the_reference_and_differentiates_twice():
+@pytest.mark.parametrize("options", [dict(causal=True), dict(window=2, softcap=0.9)], ids=str)
+def test_float64_is_the_reference_and_passes_gradcheck(options):
     inputs = [t.detach().double().requires_grad_() for t in make((1, 2, 1, 3, 4, 2, 8))]
-    assert torch.autograd.gradcheck(partial(prompt_attention, causal=True), inputs)
+    assert torch.autograd.gradcheck(partial(prompt_attention, **options), inputs)
 
 
 @pytest.mark.parametrize("kind", ["full", "left", "everything", "soft-capped window"])

@@ -13,6 +13,10 @@ log-sum-exp L of a whole row over prompts and tokens, the two parts part again e
 and for prompts the last two sums run over the samples that see them as well. Soft-capped scores
 c·tanh(scale · q·k / c) multiply ds by 1 - tanh². Where the tokens need no gradient (the first
 prompted layer of a frozen model), only the prompts' two sums are computed.
+
+Backends, each with a ``forward`` and a ``backward`` of the same arguments:
+`prompt_attention_triton` (CUDA), `prompt_attention_native` (csrc, on the CPU) and
+`prompt_attention_merge` (whatever `vendors` has).
 """
 
 from functools import partial
