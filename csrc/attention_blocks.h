@@ -231,12 +231,12 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
     float* out = scratch_.take(count * width_);
     add_values(out, s, at, count, across);
     for (int64_t i = 0; i < count; ++i) {
-      const float by = total[i] > 0 ? 1 / total[i] : 0;
+      const float by = total[i] == 0 ? 0 : 1 / total[i];  // a NaN stays one
       for (int64_t c = 0; c < width_; c += kLanes) {
         float* x = out + i * width_ + c;
         store(x, load(x) * by);
       }
-      a_.lse[(b * a_.H + h) * a_.N + n + i] = total[i] > 0 ? top[i] + logf(total[i]) : -kInfinity;
+      a_.lse[(b * a_.H + h) * a_.N + n + i] = total[i] == 0 ? -kInfinity : top[i] + logf(total[i]);
     }
     write(a_.out, b, h, n, count, out);
   }

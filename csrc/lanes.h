@@ -30,11 +30,11 @@ inline void store(float* x, Lanes value) { *reinterpret_cast<Lanes*>(x) = value;
 inline Lanes splat(float x) { return x - Lanes{}; }
 inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
-// e^x to about one unit in the last place, 0 below the least normal float: x = n ln 2 + r, and a
-// polynomial in r (the coefficients are those of Cephes' expf).
-inline Lanes exponential(Lanes x) {
-  const Ints alive = x > splat(-87.33f);
-  x = alive ? x : Lanes{};
+// e^x to about one unit in the last place, 0 below the least normal float, NaN of NaN: x = n ln 2 +
+// r, and a polynomial in r (the coefficients are those of Cephes' expf).
+inline Lanes exponential(Lanes given) {
+  const Ints alive = given > splat(-87.33f);
+  Lanes x = alive ? given : Lanes{};
   x = x < splat(88.0f) ? x : splat(88.0f);
   const Lanes magic = splat(12582912.0f);  // 1.5 * 2^23: the sum's low bits are the integer
   const Lanes shifted = x * 1.44269504f + magic;
@@ -49,7 +49,7 @@ inline Lanes exponential(Lanes x) {
   y = y * (r * r) + r + 1.0f;
   const Ints power = (reinterpret_cast<Ints>(shifted) - reinterpret_cast<Ints>(magic) + 127) << 23;
   const Lanes result = y * reinterpret_cast<Lanes>(power);
-  return alive ? result : Lanes{};
+  return alive ? result : given != given ? given : Lanes{};
 }
 
 // A(m, k) = a[m * a_row + k * a_column]; rows of B and C are b_row and c_row apart.
@@ -69,7 +69,7 @@ inline void tile(const Factors& p, int64_t m, int64_t n, int64_t depth, bool add
 #pragma GCC unroll 8
   for (int i = 0; i < Down; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < Across; ++j) sum[i][j] = add ? load(c + i * p.c_row + j * kLanes) : Lanes{};
+    for (int j = 0; j < Across; ++j) sum[i][j] = Lanes{};
   const float* a = p.a + m * p.a_row;
   const float* b = p.b + n;
   for (int64_t k = 0; k < depth; ++k, a += p.a_column, b += p.b_row) {
@@ -86,7 +86,11 @@ inline void tile(const Factors& p, int64_t m, int64_t n, int64_t depth, bool add
 #pragma GCC unroll 8
   for (int i = 0; i < Down; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < Across; ++j) store(c + i * p.c_row + j * kLanes, sum[i][j]);
+    for (int j = 0; j < Across; ++j) {
+      float* to = c + i * p.c_row + j * kLanes;
+      // added at the end: in float32, sums of sums are nearer the truth than one long sum
+      store(to, add ? load(to) + sum[i][j] : sum[i][j]);
+    }
 }
 
 template <int Across>

@@ -127,11 +127,11 @@ using Address = std::array<int64_t, 4>;
 
 Rows rows_at(const Address& a) { return {reinterpret_cast<void*>(a[0]), a[1], a[2], a[3]}; }
 
-// Without dout the forward, which writes out and lse; with it the backward, which reads them.
+// The forward writes out and lse, the backward reads them and dout.
 void attention(const std::array<Address, 7>& inputs, const std::array<Address, 3>& gradients,
                uintptr_t lse, uintptr_t dprompt, uintptr_t key_mask,
                const std::array<int64_t, 7>& sizes, int64_t window, float scale, int dtype,
-               bool causal, bool tokens, int parts, int threads, size_t variant) {
+               bool causal, bool backward, bool tokens, int parts, int threads, size_t variant) {
   struct Task {
     Attention attention;
     Attend attend;
@@ -149,7 +149,7 @@ void attention(const std::array<Address, 7>& inputs, const std::array<Address, 3
   a.P = sizes[5], a.d = sizes[6];
   a.window = window, a.scale = scale, a.dtype = static_cast<Dtype>(dtype);
   a.causal = causal, a.tokens = tokens;
-  task.attend = a.dout.data ? variants().at(variant).attend_backward : variants().at(variant).attend;
+  task.attend = backward ? variants().at(variant).attend_backward : variants().at(variant).attend;
   task.units = a.B * a.heads_kv, task.parts = parts;
   const auto work = [](void* p, int part) {
     const Task& t = *static_cast<Task*>(p);

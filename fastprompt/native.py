@@ -220,6 +220,11 @@ def attention(
     (B, H, N, d), (Hkv, M), P = q.shape, k.shape[1:3], prompt_k.shape[1]
     inputs = (q, k, v, prompt_k, prompt_v, out, dout)
     grads = token_grads or (None, None, None)
+    rows, keys, own = (B, H, N, d), (B, Hkv, M, d), (Hkv, P, d)
+    shapes = (rows, keys, keys, own, own, rows, rows, rows, keys, keys)
+    for t, shape in zip((*inputs, *grads), shapes, strict=True):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"want {list(shape)}, got {list(t.shape)}")
     for t in (*inputs, *grads):
         if t is not None and (
             t.dtype != q.dtype or not t.is_cpu or (t.numel() and t.stride(-1) != 1)
@@ -244,6 +249,7 @@ def attention(
         scale,
         DTYPES[q.dtype],
         causal,
+        dout is not None,
         token_grads is not None,
         parts,
         torch.get_num_threads(),
@@ -251,9 +257,13 @@ def attention(
     )
 
 
-def attention_parts(units: int) -> int:
-    """Shares of the work: two a thread, of the pairs of a sample and a key head."""
-    return max(1, min(units, 2 * torch.get_num_threads()))
+def attention_parts(units: int, share_bytes: int = 0) -> int:
+    """Shares of the work: two a thread, of the pairs of a sample and a key head.
+
+    Fewer where each has sums of its own and all of them would take more than 128 MB.
+    """
+    most = (1 << 27) // share_bytes if share_bytes else units
+    return max(1, min(units, 2 * torch.get_num_threads(), most))
 
 
 def _rows(t: Tensor | None) -> tuple[int, int, int, int]:

@@ -86,12 +86,13 @@ def _version(package: str) -> str | None:
 
 
 def _backend(patch: Patch) -> str:
-    parameter = next(iter(patch.trainable.values()), None)
-    if patch.backend != "auto" or parameter is None:
+    if patch.backend != "auto":
         return patch.backend
-    if patch.anatomy.towers[0].model.dtype == torch.float64:
-        return "auto: reference (float64)"
-    return f"auto: {chosen_backend(parameter)} (on {parameter.device.type})"
+    model = patch.anatomy.towers[0].model
+    like = torch.empty(0, dtype=model.dtype, device=model.device)
+    chosen = chosen_backend(like)
+    rest = "; what that does not take (4-D masks, single tokens) goes to vendor"
+    return f"auto: {chosen} (on {like.device.type})" + rest * (chosen == "native")
 
 
 def count(model: nn.Module) -> int:

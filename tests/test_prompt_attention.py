@@ -242,6 +242,70 @@ def test_compiles_without_a_graph_break(dynamic):
     assert frames.frame_count <= (2 if dynamic else 3)
 
 
+def test_packed_sets_compile_with_the_same_tensor_given_twice():
+    torch._dynamo.reset()
+    q, k, _, pk, _ = (t.detach() for t in make((1, 6, 2, 20, 20, 7, 24)))
+    pk = torch.stack([pk, pk + 1]).requires_grad_()
+    ends = torch.tensor([0, 8, 20], dtype=torch.int32, device=DEVICE)
+    which = torch.tensor([1, 0], device=DEVICE)
+
+    def call(pk):
+        packed = dict(cu_seqlens_q=ends, cu_seqlens_k=ends, prompt_index=which)
+        return prompt_attention(q, k, k, pk, pk, causal=True, **packed)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(pk).square().sum(), pk)
+    torch.testing.assert_close(got, torch.autograd.grad(call(pk).square().sum(), pk))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_sums_stay_accurate(backend):
+    """Gradients of keys and prompts add up over every query of every head that shares them."""
+    if backend == "triton" and DEVICE == "cpu":
+        shape = (1, 16, 1, 128, 128, 10, 16)
+    else:
+        shape = (1, 16, 1, 2048, 2048, 10, 32)
+    ours = partial(prompt_attention, backend=backend)
+    grad_out = torch.ones(shape[0], shape[1], shape[3], shape[6], device=DEVICE)
+    assert_as_accurate(ours, reference.prompt_attention, make(shape), grad_out)
+
+
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_a_number_is_not_hidden(backend, which):
+    inputs = make(SHAPES["grouped"])
+    first = (0,) * inputs[which].ndim
+    with torch.no_grad():
+        inputs[which][first] = torch.nan
+    out = prompt_attention(*inputs, backend=backend)
+    assert out.isnan().any()
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert grads[0].isnan().any() and grads[3].isnan().any()
+
+
+@pytest.mark.parametrize("window", [21, 22, 2**31 - 1, 2**62])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_as_wide_as_the_row_hides_nothing(backend, causal, window):
+    inputs = make(SHAPES["grouped"])
+    options = dict(causal=causal, backend=backend)
+    got = prompt_attention(*inputs, window=window, **options)
+    assert torch.equal(got, prompt_attention(*inputs, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=ident)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_lowest_number_in_a_mask_hides(backend, dtype):
+    q, k, v, *_ = make(SHAPES["no prompt"], dtype)
+    none = k.new_empty(2, 0, 16)
+    mask = torch.zeros(2, 1, 12, 12, dtype=dtype, device=DEVICE)
+    mask[..., 5:] = mask[0, :, 3] = torch.finfo(dtype).min
+    got = prompt_attention(q, k, v, none, none, attn_mask=mask, backend=backend)
+    assert not got[0, :, 3].any()
+    want = prompt_attention(q, k, v, none, none, attn_mask=mask == 0, backend=backend)
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 def test_forward_and_backward_are_captured_in_a_cuda_graph():
@@ -304,8 +368,14 @@ def test_refusals_say_what_was_wanted_and_what_came():
         attn_mask=torch.zeros(1, 1, 21, 21, device=DEVICE, requires_grad=True),
     )
     refused("backend: want one of auto, triton", backend="cuda")
-    refused("window: want at least 1, got 0", window=0)
-    refused("softcap: want a number above 0, got -1.0", softcap=-1.0)
+    refused("window: want an integer of at least 1, got 0", window=0)
+    refused(r"window: want an integer of at least 1, got 2\.5", window=2.5)
+    refused(r"softcap: want a finite number above 0, got -1\.0", softcap=-1.0)
+    refused("softcap: want a finite number above 0, got inf", softcap=float("inf"))
+    refused("v: want a tensor, got NoneType", v=None)
+    refused("key_mask: want a tensor, got list", key_mask=[True])
+    if DEVICE == "cpu" and not has_xformers():
+        refused("backend: want xformers installed", backend="xformers")
     refused(
         "multiple of 8",
         **{n: (lambda a, n=n: a[n][..., :12]) for n in ("q", "k", "v", "prompt_k", "prompt_v")},

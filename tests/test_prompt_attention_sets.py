@@ -135,7 +135,10 @@ def test_refusals_say_what_was_wanted_and_what_came():
     ends = dict(cu_seqlens_q=ints(0, 2, 6), cu_seqlens_k=ints(0, 2, 6))
     refused(r"prompt_index: want \[2\], got \[3\]", prompt_index=ints(0, 1, 2))
     refused("prompt_index: want int32 or int64", prompt_index=ints(0, 1).float())
-    refused(r"prompt_k: want \[2, 0, 16\], got \[3, 2, 7, 16\]")
+    refused("prompt_k: want prompt_index beside several sets")
+    refused(
+        r"prompt_k: want sets \[S, 2, P, 16\] .* got \[2, 7, 16\]", packed, prompt_index=ints(0)
+    )
     refused("prompt_len: want prompt_index beside it", packed, prompt_len=ints(1, 2, 3))
     refused(r"prompt_len: want \[3\], got \[2\]", prompt_index=ints(0, 1), prompt_len=ints(1, 2))
     refused("want both or none", packed, cu_seqlens_q=ints(0, 6))

@@ -19,7 +19,7 @@ from fastprompt.ops.prompt_attention import chosen_backend
 
 
 @pytest.mark.parametrize("mask", [None, "mask"])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_cuda_kernels_take_what_they_are_given(dtype, capability, mask, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -73,6 +73,7 @@ def xformers(monkeypatch):
     fmha.attn_bias = types.SimpleNamespace(LowerTriangularMask=types.SimpleNamespace)
     ops = types.ModuleType("xformers.ops")
     ops.fmha = fmha
+    monkeypatch.setattr(vendors, "has_xformers", lambda: True)
     for name, module in (("xformers", types.ModuleType("xformers")), ("xformers.ops", ops)):
         monkeypatch.setitem(sys.modules, name, module)
 

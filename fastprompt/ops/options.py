@@ -1,9 +1,12 @@
 """What `prompt_attention` takes beside its five tensors, and what it refuses."""
 
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastprompt.ops import vendors
 
 BACKENDS = ("auto", "triton", "native", "vendor", "xformers", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -62,36 +65,55 @@ def check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, o
     """Raises ValueError for whatever the op does not serve, saying what was wanted and came."""
     if o.backend not in BACKENDS:
         raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {o.backend!r}")
+    _want_tensors(dict(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v))
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(
             f"want q [B, Hq, N, d] and k [B, Hkv, M, d]; got {_shape(q)} and {_shape(k)}"
         )
-    if o.backend == "native" and q.device.type == "cuda":
-        raise ValueError('backend: want tensors on the CPU for "native", got them on cuda')
+    _check_backend(o.backend, q.device.type)
     (B, Hq, N, d), (Hkv, M) = q.shape, k.shape[1:3]
     if d % 8 or not 0 < d <= 256:
         raise ValueError(f"d: want a multiple of 8 up to 256, got {d}")
-    if Hkv == 0 or Hq % Hkv:
-        raise ValueError(f"want Hkv to divide Hq; got Hkv {Hkv} and Hq {Hq}")
+    if Hkv == 0 or Hq == 0 or Hq % Hkv:
+        raise ValueError(f"want Hkv to divide Hq, both above 0; got Hkv {Hkv} and Hq {Hq}")
     _want("k", k, (B, Hkv, M, d))
     _want("v", v, (B, Hkv, M, d))
     _check_tensors(q, dict(k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v))
-    _check_packed(q, M, o)
+    _check_packed(q, o)
     if o.causal and M < N and not o.packed:
         raise ValueError(f"causal: want at least as many keys as queries; got M {M} and N {N}")
     _check_prompts(prompt_k, prompt_v, (B, Hkv, d), o)
     P = prompt_k.shape[-2]
 
     if o.key_mask is not None:
+        _want_tensors(dict(key_mask=o.key_mask))
         if o.key_mask.dtype != torch.bool:
             raise ValueError(f"key_mask: want bool, got {o.key_mask.dtype}")
         _want("key_mask", o.key_mask, (B, M), q.device)
     _want_mask("attn_mask", o.attn_mask, (B, Hq, N, M), q.device, or_bool=True)
     _want_mask("prompt_bias", o.prompt_bias, (B, Hq, N, P), q.device, or_bool=False)
-    if o.window is not None and o.window < 1:
-        raise ValueError(f"window: want at least 1, got {o.window}")
-    if o.softcap is not None and not o.softcap > 0:
-        raise ValueError(f"softcap: want a number above 0, got {o.softcap}")
+    if o.window is not None and not (isinstance(o.window, (int, torch.SymInt)) and o.window >= 1):
+        raise ValueError(f"window: want an integer of at least 1, got {o.window}")
+    if o.softcap is not None and not 0 < o.softcap < float("inf"):
+        raise ValueError(f"softcap: want a finite number above 0, got {o.softcap}")
+
+
+def _check_backend(backend, device):
+    if backend == "native" and device == "cuda":
+        raise ValueError('backend: want tensors on the CPU for "native", got them on cuda')
+    if backend == "xformers" and not vendors.has_xformers():
+        raise ValueError('backend: want xformers installed for "xformers" (pip install xformers)')
+    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            'backend: want CUDA tensors for "triton", got them on the CPU (there it runs in '
+            "Triton's interpreter alone: TRITON_INTERPRET=1 before the first import of triton)"
+        )
+
+
+def _want_tensors(named):
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: want a tensor, got {type(x).__name__}")
 
 
 def _check_tensors(q, others):
@@ -107,7 +129,7 @@ def _check_tensors(q, others):
         raise ValueError(f"want tensors on cpu or cuda; got {q.device}")
 
 
-def _check_packed(q, M, o):
+def _check_packed(q, o):
     if (o.cu_seqlens_q is None) != (o.cu_seqlens_k is None):
         raise ValueError("cu_seqlens_q and cu_seqlens_k: want both or none of them")
     if not o.packed:
@@ -117,19 +139,11 @@ def _check_packed(q, M, o):
     for name in ("key_mask", "attn_mask", "prompt_bias"):
         if getattr(o, name) is not None:
             raise ValueError(f"{name}: want none beside cu_seqlens_q (pack what is to be seen)")
-    for name, rows in (("cu_seqlens_q", q.shape[2]), ("cu_seqlens_k", M)):
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
         ends = getattr(o, name)
         _want_whole(name, ends, (o.cu_seqlens_q.numel(),), q.device)
         if ends.numel() < 2:
             raise ValueError(f"{name}: want at least one sequence, [0, length]; got {_shape(ends)}")
-        if ends.device.type == "cpu" and not torch.compiler.is_compiling():
-            values = ends.tolist()  # on a GPU it would wait for the device
-            if values[0] != 0 or values[-1] != rows or values != sorted(values):
-                raise ValueError(f"{name}: want 0 .. {rows} in rising order, got {values[:9]}")
-            if o.causal and name == "cu_seqlens_k":
-                lengths = (o.cu_seqlens_q.diff(), ends.diff())
-                if (lengths[0] > lengths[1]).any():
-                    raise ValueError("causal: want as many keys as queries in every sequence")
 
 
 def _check_prompts(prompt_k, prompt_v, sizes, o):
@@ -137,21 +151,40 @@ def _check_prompts(prompt_k, prompt_v, sizes, o):
     if o.prompt_index is None:
         if o.prompt_len is not None:
             raise ValueError("prompt_len: want prompt_index beside it, which picks the set")
+        if prompt_k.ndim == 4:
+            raise ValueError("prompt_k: want prompt_index beside several sets, or [Hkv, P, d]")
         P = prompt_k.shape[1] if prompt_k.ndim == 3 else 0
         _want("prompt_k", prompt_k, (Hkv, P, d))
         _want("prompt_v", prompt_v, (Hkv, P, d))
         return
     samples = o.cu_seqlens_q.numel() - 1 if o.packed else B
     _want_whole("prompt_index", o.prompt_index, (samples,), prompt_k.device)
-    S, P = (prompt_k.shape[0], prompt_k.shape[2]) if prompt_k.ndim == 4 else (1, 0)
+    if prompt_k.ndim != 4:
+        raise ValueError(
+            f"prompt_k: want sets [S, {Hkv}, P, {d}] for prompt_index, got {_shape(prompt_k)}"
+        )
+    S, P = prompt_k.shape[0], prompt_k.shape[2]
     _want("prompt_k", prompt_k, (S, Hkv, P, d))
     _want("prompt_v", prompt_v, (S, Hkv, P, d))
     if o.prompt_len is not None:
         _want_whole("prompt_len", o.prompt_len, (S,), prompt_k.device)
-    if o.prompt_index.device.type == "cpu" and not torch.compiler.is_compiling():
-        _within("prompt_index", o.prompt_index, 0, S - 1)
-        if o.prompt_len is not None:
-            _within("prompt_len", o.prompt_len, 0, P)
+
+
+def check_values(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options) -> None:
+    """Raises ValueError for indices out of range. On the CPU alone: a GPU would be waited for."""
+    if q.device.type != "cpu":
+        return
+    if o.packed:
+        for name, rows in (("cu_seqlens_q", q.shape[2]), ("cu_seqlens_k", k.shape[2])):
+            values = getattr(o, name).tolist()
+            if values[0] != 0 or values[-1] != rows or values != sorted(values):
+                raise ValueError(f"{name}: want 0 .. {rows} in rising order, got {values[:9]}")
+        if o.causal and (o.cu_seqlens_q.diff() > o.cu_seqlens_k.diff()).any():
+            raise ValueError("causal: want as many keys as queries in every sequence")
+    if o.prompt_index is not None:
+        _within("prompt_index", o.prompt_index, 0, len(prompt_k) - 1)
+    if o.prompt_len is not None:
+        _within("prompt_len", o.prompt_len, 0, prompt_k.shape[2])
 
 
 def _within(name, x, low, high):
@@ -171,6 +204,7 @@ def _want(name, x, shape, device=None):
 
 
 def _want_whole(name, x, shape, device):
+    _want_tensors({name: x})
     if x.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name}: want int32 or int64, got {x.dtype}")
     _want(name, x, shape, device)
@@ -179,6 +213,8 @@ def _want_whole(name, x, shape, device):
 def _want_mask(name, mask, full, device, or_bool):
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{name}: want a tensor, got {type(mask).__name__}")
     B, H, N, M = full
     if mask.ndim != 4 or mask.shape[0] not in (1, B) or mask.shape[1] not in (1, H):
         raise ValueError(f"{name}: want [{B} or 1, {H} or 1, {N}, {M}], got {_shape(mask)}")

@@ -28,7 +28,7 @@ from fastprompt import native
 from fastprompt.ops import prompt_attention_merge as merge
 from fastprompt.ops import prompt_attention_native as compiled
 from fastprompt.ops import reference, vendors
-from fastprompt.ops.options import SCHEMA, TENSORS, Options, check
+from fastprompt.ops.options import SCHEMA, TENSORS, Options, check, check_values
 
 # ---- op: schema, fake, dispatch ----
 
@@ -94,6 +94,7 @@ def _implementation(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options):
 
 def _forward(*inputs):
     *tensors, o = *inputs[:5], Options(*inputs[5:])
+    check_values(tensors[0], tensors[1], tensors[3], o)
     return _implementation(tensors[0], tensors[1], tensors[3], o)[0](*tensors, o)
 
 
@@ -183,14 +184,17 @@ def prompt_attention(
             check would wait for a GPU), as the next two are.
         prompt_index: [B] (packed: [sequences]) int32 or int64, the set of each sample.
         prompt_len: [S] int32 or int64: the first so many rows of a set exist.
-        backend: "auto" is Triton on CUDA, on the CPU csrc's kernel where it takes the call and else
-            vendor attention and a merge. "native" asks for the same on the CPU; "triton" there
-            wants its interpreter; "vendor" is torch's own attention on any device; "xformers" needs
-            that package; "reference" is plain PyTorch everywhere.
+        backend: "triton" (CUDA; on the CPU it wants its interpreter); "native", csrc's kernel on
+            the CPU, for float32 and bfloat16 without attn_mask, prompt_bias, softcap, packing or
+            sets, and N above 1, while every other call is sent on to "vendor"; "vendor", torch's
+            own attention on the tokens and the prompts merged in (on CUDA, packing and sets make
+            it wait for the device); "xformers", the same with that package; "reference", plain
+            PyTorch. "auto" is Triton on CUDA from sm_80 on, and native on the CPU.
 
     Returns:
         [B, Hq, N, d] in ``q.dtype``, laid out as [B, N, Hq, d]. A row that may see no token gets
-        the prompts' answer, or zeros where it sees no prompt either; never NaN.
+        the prompts' answer, or zeros where it sees no prompt either; never NaN. Gradients go
+        through autograd alone (no torch.func transforms, no second derivatives but in float64).
 
     Raises:
         ValueError: a shape, stride, dtype, device or mask that the op does not serve.
@@ -201,8 +205,22 @@ def prompt_attention(
         cu_seqlens_q, cu_seqlens_k, prompt_index, prompt_len, backend,
     )  # fmt: skip
     check(q, k, v, prompt_k, prompt_v, o)
+    if window is not None and window >= max(q.shape[2], k.shape[2]):
+        o = o._replace(window=None)  # it hides nothing
     if q.dtype == torch.float64 or backend == "reference":
+        check_values(q, k, prompt_k, o)
         options = o._asdict()
         del options["backend"]
-        return reference.prompt_attention(q, k, v, prompt_k, prompt_v, **options)
-    return _PromptAttention.apply(q, k, v, prompt_k, prompt_v, *o)
+        out = reference.prompt_attention(q, k, v, prompt_k, prompt_v, **options)
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return _PromptAttention.apply(*_distinct(q, k, v, prompt_k, prompt_v, *o))
+
+
+def _distinct(*arguments):
+    """The same, but no tensor twice: torch.compile takes none twice in an autograd function."""
+    seen: list[Tensor] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            x = x.view_as(x) if any(x is other for other in seen) else x
+            seen.append(x)
+        yield x

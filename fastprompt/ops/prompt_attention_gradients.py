@@ -126,6 +126,16 @@ def dq_kernel(
 
 
 @triton.jit
+def _add_product(acc, a, b):
+    """acc + a b; in float32 as a sum of sums, which is nearer the truth than one long sum."""
+    if a.dtype == tl.float32:
+        acc += tl.dot(a, b, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
 def _key_step(
     dk, dv, k, v, c, queries, lse_ptr, delta_ptr, out, start, N, j, J, ahead,
     keep_ptr, bias_ptr, hide, window, softcap,
@@ -145,7 +155,7 @@ def _key_step(
         )  # fmt: skip
     p = tl.exp2(s * factor - _rows(lse_ptr, n, N)[None, :])
     dout = load_rows(dout_ptr, start, N, dout_step, HEAD_DIM, BLOCK, BLOCK_D)
-    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+    dv = _add_product(dv, p.to(dout.dtype), dout)
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
     if delta_ptr is not None:
         delta = tl.load(delta_ptr + n, mask=n < N, other=0.0)
@@ -153,7 +163,7 @@ def _key_step(
         o = load_rows(out[0], start, N, out[1], HEAD_DIM, BLOCK, BLOCK_D)
         delta = tl.sum(dout.to(tl.float32) * o.to(tl.float32), 1)
     ds = p * (dp - delta[None, :]) * slope
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dk = _add_product(dk, ds.to(q.dtype), q)
     return dk, dv
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # no kernel is compiled anew for a size that happens to divide by 16, or is 1
-ANY_SIZE = ("B", "H", "N", "P", "sequences", "splits", "window")
+ANY_SIZE = ("B", "H", "N", "M", "P", "sequences", "splits", "window")
 
 # ---- shared: where things lie ----
 
@@ -221,6 +221,8 @@ def mask_scores(s, c, n, j, N, J, ahead, keep_ptr, bias_ptr, hide, window, CAUSA
         else:
             s = s * c + bias.to(tl.float32) * LOG2E
             c = 1.0
+            if bias_ptr.dtype.element_ty == tl.float16:
+                seen = seen & (bias > -65504.0)
     if keep_ptr is not None:
         seen = seen & (tl.load(keep_ptr + row + j * key_step, mask=j < J, other=0) != 0)
     if CAUSAL:

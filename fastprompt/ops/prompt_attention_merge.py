@@ -15,7 +15,7 @@ from fastprompt.ops import products, reference
 from fastprompt.ops.options import Options
 from fastprompt.ops.vendors import Vendor
 
-_ROWS = 1024  # queries at once where a mask [queries, keys] must be written out
+_ROWS = 512  # queries at once where a mask [queries, keys] must be written out
 
 
 def forward(vendor: Vendor, q, k, v, prompt_k, prompt_v, o: Options) -> tuple[Tensor, Tensor]:
@@ -115,12 +115,13 @@ class _Piece(NamedTuple):
 
 
 def _pieces(o: Options, N: int, M: int) -> Iterator[_Piece]:
-    """Packed sequences apart; under a window or soft-capping, some queries at a time."""
+    """Packed sequences apart; where a mask must be written, some queries at a time."""
     ends = [o.cu_seqlens_q.tolist(), o.cu_seqlens_k.tolist()] if o.packed else [[0, N], [0, M]]
     for i in range(len(ends[0]) - 1):
         (q0, q1), (k0, k1) = (end[i : i + 2] for end in ends)
         ahead = (k1 - k0) - (q1 - q0)
-        if o.window is None and o.softcap is None:
+        cached = o.causal and ahead > 0 and q1 - q0 > 1  # not the vendor's kind of causal
+        if o.window is None and o.softcap is None and not cached:
             if not o.packed or (q1 > q0 and k1 > k0):
                 yield _Piece(slice(q0, q1), slice(k0, k1), ahead)
             continue

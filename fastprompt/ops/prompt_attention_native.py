@@ -7,7 +7,7 @@ from fastprompt import native
 from fastprompt.ops.options import Options
 
 DTYPES = (torch.float32, torch.bfloat16)
-_LONGEST = 1 << 20  # keys times channels that a core keeps beside its scores
+_LONGEST = 1 << 22  # keys times channels: what a thread copies is four such tables at most
 
 
 def serves(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options) -> bool:
@@ -19,7 +19,7 @@ def serves(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options) -> bool:
         and (o.attn_mask, o.prompt_bias, o.softcap, o.cu_seqlens_q, o.prompt_index) == (None,) * 5
         and keys * q.shape[3] <= _LONGEST
         # a pair of a sample and a key head is one thread's work
-        and k.shape[0] * k.shape[1] >= min(2, torch.get_num_threads())
+        and k.shape[0] * k.shape[1] >= torch.get_num_threads()
         and q.shape[2] > 1  # a single query is bound by reading the keys: the vendor's is made so
     )
 
@@ -42,7 +42,7 @@ def backward(
     rows = tuple(_rows_like(x) for x in (q, k, v)) if tokens else None
     shares = None
     if prompts:
-        parts = native.attention_parts(k.shape[0] * k.shape[1])
+        parts = native.attention_parts(k.shape[0] * k.shape[1], 8 * prompt_k.numel())
         shares = torch.zeros(parts, 2, *prompt_k.shape)
     native.attention(
         q, k, v, prompt_k, prompt_v, out, lse,

@@ -1,7 +1,8 @@
 """Which tile each kernel of `prompt_attention` takes: a table, or, switched on, a measurement.
 
 A user's first call never waits for a search. ``FASTPROMPT_AUTOTUNE=1`` (or `autotune(True)`) makes
-each new (kernel, dtype, head dim, number of queries, card) time every candidate once.
+each new (kernel, dtype, head dim, number of queries, card) time every candidate once, for forward,
+dq and dk/dv; decoding and the prompts' kernel, whose work is shared out by tile, keep the table's.
 
 Where a row came from stands beside it: (H) measured on an H100, bf16, forward or backward alone
 (DESIGN, section 7: what was tried there and what it gave); (C) the largest that compiles for the

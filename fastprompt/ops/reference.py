@@ -111,5 +111,7 @@ def additive_mask(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         bias = bias.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
-        bias = bias + attn_mask.to(like.dtype)
+        # whoever writes the lowest number means hidden
+        lowest = attn_mask <= torch.finfo(attn_mask.dtype).min
+        bias = bias + attn_mask.to(like.dtype).masked_fill(lowest, -torch.inf)
     return bias

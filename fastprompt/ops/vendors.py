@@ -69,8 +69,7 @@ class _Flash:
         return out, lse
 
     def gradients(self, dout, q, k, v, out, lse, mask, causal, scale):
-        none, seed = _unused(q)
-        sizes = (none, none, q.shape[2], k.shape[2])
+        sizes, seed = (None, None, q.shape[2], k.shape[2]), _unused_seed(q)
         return aten._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse, *sizes, 0.0, causal, seed, seed, scale=scale
         )
@@ -86,10 +85,9 @@ class _Cudnn:
         return out, lse.reshape(q.shape[:3])
 
     def gradients(self, dout, q, k, v, out, lse, mask, causal, scale):
-        none, seed = _unused(q)
-        sizes = (none, none, q.shape[2], k.shape[2])
+        sizes, seed = (None, None, q.shape[2], k.shape[2]), _unused_seed(q)
         return aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse[..., None], seed, seed, none, *sizes, 0.0, causal, scale=scale
+            dout, q, k, v, out, lse[..., None], seed, seed, None, *sizes, 0.0, causal, scale=scale
         )
 
 
@@ -104,7 +102,7 @@ class _Efficient:
         return out, lse[..., : q.shape[2]]  # it comes in whole blocks of 32 rows
 
     def gradients(self, dout, q, k, v, out, lse, mask, causal, scale):
-        _, seed = _unused(q)
+        seed = _unused_seed(q)
         lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
         bias, wanted = _aligned(mask, q, k), [True, True, True, False]
         *grads, _ = aten._scaled_dot_product_efficient_attention_backward(
@@ -124,10 +122,10 @@ class OnCuda(_Ungrouped):
 
 
 def _kernel(q: Tensor, mask: Tensor | None):
-    if mask is not None or q.dtype == torch.float32:
+    capability = torch.cuda.get_device_capability(q.device)
+    if mask is not None or q.dtype == torch.float32 or capability < (8, 0):
         return _Efficient()
-    hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
-    return _Cudnn() if hopper and q.shape[-1] <= 128 else _Flash()
+    return _Cudnn() if capability >= (9, 0) and q.shape[-1] <= 128 else _Flash()
 
 
 class Xformers(_Ungrouped):
@@ -164,9 +162,9 @@ def has_xformers() -> bool:
     return find_spec("xformers") is not None
 
 
-def _unused(q: Tensor) -> tuple[Tensor, Tensor]:
-    """What an operator's schema asks for where there is no packing and no dropout."""
-    return q.new_empty(0, dtype=torch.int32), torch.zeros((), dtype=torch.int64, device=q.device)
+def _unused_seed(q: Tensor) -> Tensor:
+    """What an operator's schema asks for, and nothing reads without dropout."""
+    return torch.zeros((), dtype=torch.int64, device=q.device)
 
 
 def _aligned(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
