@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from compare import assert_as_accurate
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastprompt.ops import prompt_attention, reference, vendors
+from fastprompt.ops import products, prompt_attention, reference, vendors
 from fastprompt.ops.prompt_attention import chosen_backend
 
 
@@ -110,3 +110,21 @@ def test_old_cards_go_to_xformers_where_it_is(monkeypatch):
         assert chosen_backend(q, "vendor") == "vendor"
     assert chosen_backend(torch.empty(0, dtype=torch.float16)) == "vendor"
     assert chosen_backend(torch.empty(0, dtype=torch.float64)) == "reference"
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 300])
+@pytest.mark.parametrize("masks", ["none", "bias", "softcap"])
+def test_scores_in_pieces_of_any_size(masks, chunk, monkeypatch):
+    """Prompts' scores are made a chunk at a time: some heads, or some rows of one."""
+    monkeypatch.setattr(products, "CHUNK", chunk)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 9, 16) for h in (4, 2, 2))
+    inputs = [t.requires_grad_() for t in (q, k, v, *torch.randn(2, 2, 5, 16).unbind(0))]
+    options = {
+        "none": {},
+        "bias": dict(prompt_bias=torch.randn(1, 1, 9, 5), attn_mask=torch.randn(1, 4, 9, 9)),
+        "softcap": dict(softcap=2.0, causal=True),
+    }[masks]
+    ours = partial(prompt_attention, backend="vendor", **options)
+    eager = partial(reference.prompt_attention, **options)
+    assert_as_accurate(ours, eager, inputs, torch.randn(2, 4, 9, 16))
