@@ -26,8 +26,8 @@ import triton.testing  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 OPS = "fastprompt/ops/"
-TESTS = [
-    "tests/test_prompt_attention_sets.py", "tests/test_prompt_attention.py", "tests/test_vendors.py"
+TESTS = [  # the quick ones first
+    "tests/test_prompt_attention.py", "tests/test_prompt_attention_sets.py", "tests/test_vendors.py"
 ]  # fmt: skip
 TRITON = "triton and not float16 and not bfloat16 and not long_sums and not not_hidden and not wide"
 FILES = {  # file -> what selects its tests
@@ -90,7 +90,20 @@ def survives(job: tuple[str, int, str, str]) -> bool:
     sys.path.insert(0, str(folder))
     sys.stdout = sys.stderr = io.StringIO()
     signal.alarm(1200)  # a loop without end is noticed, too
-    selection = ["-k", FILES[file], "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    selection = [
+        "-k",
+        FILES[file],
+        "-x",
+        "-q",
+        "--assert=plain",
+        "-p",
+        "no:logging",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--tb=no",
+    ]
     try:
         return pytest.main([*selection, *TESTS]) != pytest.ExitCode.TESTS_FAILED
     finally:
