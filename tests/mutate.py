@@ -26,13 +26,13 @@ import triton.testing  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 OPS = "fastprompt/ops/"
-TESTS = [  # the quick ones first
-    "tests/test_prompt_attention.py", "tests/test_prompt_attention_sets.py", "tests/test_vendors.py"
+TESTS = [  # in an order in which most lines are noticed soon
+    "tests/test_prompt_attention_sets.py", "tests/test_prompt_attention.py", "tests/test_vendors.py"
 ]  # fmt: skip
 TRITON = "triton and not float16 and not bfloat16 and not long_sums and not not_hidden and not wide"
 FILES = {  # file -> what selects its tests
     OPS + "prompt_attention_kernels.py": TRITON,
-    OPS + "prompt_attention_gradients.py": TRITON,
+    OPS + "prompt_attention_gradients.py": TRITON + " and not decoding and not many_short",
     OPS + "prompt_attention_triton.py": TRITON,
     OPS + "prompt_attention_merge.py": "vendor",
     OPS + "products.py": "vendor",
