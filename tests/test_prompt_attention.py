@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 from compare import assert_as_accurate
 from conftest import DEVICE
+from torch.utils.checkpoint import checkpoint
 
 from fastprompt import native
 from fastprompt.ops import prompt_attention, reference
@@ -268,6 +269,17 @@ def test_long_sums_stay_accurate(backend):
     ours = partial(prompt_attention, backend=backend)
     grad_out = torch.ones(shape[0], shape[1], shape[3], shape[6], device=DEVICE)
     assert_as_accurate(ours, reference.prompt_attention, make(shape), grad_out)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpointing_changes_nothing(backend, reentrant):
+    inputs, options = make(SHAPES["grouped"]), options_for("left", SHAPES["grouped"])
+    op = partial(prompt_attention, backend=backend, **options)
+    want = torch.autograd.grad(op(*inputs).square().sum(), inputs)
+    checkpoint(op, *inputs, use_reentrant=reentrant).square().sum().backward()
+    for t, grad in zip(inputs, want, strict=True):
+        torch.testing.assert_close(t.grad, grad)
 
 
 @pytest.mark.parametrize("which", range(5))

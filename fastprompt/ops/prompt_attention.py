@@ -125,8 +125,9 @@ class _PromptAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        *inputs, out, lse = ctx.saved_tensors[:7]
-        o = Options(*ctx.rest)._replace(**dict(zip(TENSORS, ctx.saved_tensors[7:], strict=True)))
+        saved = ctx.saved_tensors  # asked for once: checkpointing allows no more
+        *inputs, out, lse = saved[:7]
+        o = Options(*ctx.rest)._replace(**dict(zip(TENSORS, saved[7:], strict=True)))
         tokens, prompts = any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[3:5])
         grads = torch.ops.fastprompt.prompt_attention_backward(
             dout, out, lse, *inputs, *o, tokens, prompts
