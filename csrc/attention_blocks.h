@@ -2,7 +2,7 @@
 // this file, so that all of it is compiled with that file's flags (see decode_blocks.h).
 //
 // Scores are kept transposed, [keys, queries]: queries are the lanes of a vector, so that maxima,
-// sums and masks are vertical, and keys and values are read in place, as factors of `product`.
+// sums and masks are vertical, and rows of keys and values serve `product` as they are, untransposed.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,6 @@
 // Vectors of this file's instruction set, an exponential, and the one matrix product that attention
 // needs, C (+)= A B with A broadcast element by element: every product of its forward and backward
-// is of that form, with rows of keys, queries or channels as they lie in memory.
+// is of that form, with rows of keys, queries or channels one after another.
 //
 // All is in an unnamed namespace, as in decode_blocks.h, and for the same reason.
 #pragma once

@@ -1,7 +1,7 @@
 """`prompt_attention` as two parts: a vendor's attention over the tokens, and the prompts added.
 
 The vendor's kernel gives its log-sum-exp, so that prompts can be added to its output afterwards
-(`products`), and no key or value is ever copied. Backward, it is given the *merged* output and
+(`products`), and no concatenation is ever written. Backward, it is given the *merged* output and
 log-sum-exp, from which it recomputes its probabilities, and so gives the tokens' exact share.
 """
 

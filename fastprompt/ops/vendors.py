@@ -168,7 +168,7 @@ def _unused_seed(q: Tensor) -> Tensor:
 
 
 def _aligned(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """The mask as [B, H, N, M], its rows 16 bytes apart from each other in multiples."""
+    """The mask as [B, H, N, M], rows a multiple of 16 elements apart, as the kernels load them."""
     if mask is None:
         return None
     shape = (*q.shape[:3], k.shape[2])
