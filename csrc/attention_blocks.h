@@ -81,7 +81,8 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
       const int64_t h_kv = unit / a_.B, b = unit % a_.B;  // a share meets few key heads
       prompts_ = keys(a_.prompt_k, a_.prompt_v, 0, h_kv, a_.P);
       prompts_.dk = dk, prompts_.dv = dv;
-      tokens_ = keys(a_.k, a_.v, b, h_kv, a_.M);
+      // the prompts' gradients alone look at no token's key
+      tokens_ = keys(a_.k, a_.v, b, h_kv, backward_ && !a_.tokens ? 0 : a_.M);
       if (a_.tokens) tokens_.dk = sums(a_.M), tokens_.dv = sums(a_.M);
       const int64_t groups = a_.H / a_.heads_kv;
       for (int64_t h = h_kv * groups; h < (h_kv + 1) * groups; ++h)

@@ -41,7 +41,9 @@ class Case(NamedTuple):
     P: int
     groups: int = 1
     causal: bool = False
-    masks: str = ""  # of "key", "bool", "float", "bias", "window", "softcap", "sets", "packed"
+    masks: str = (
+        ""  # of "key", "bool", "float", "half", "bias", "window", "softcap", "sets", "packed"
+    )
     views: str = "aligned"  # "odd": strides that divide by nothing; "far": rows 2**24 apart
     tokens: bool = True
 
@@ -66,14 +68,17 @@ HALF = [
     Case(BF16, 128, 1024, 1024, 10, causal=True, masks="window"),
     Case(BF16, 128, 2048, 2048, 150, groups=4, causal=True, masks="softcap packed sets"),
     Case(BF16, 128, 1, 8192, 20, groups=4, masks="key", tokens=False),
+    Case(BF16, 128, 1, 8192, 20, groups=4, masks="float bias", tokens=False),
+    Case(FP16, 64, 197, 197, 50, masks="half bias softcap"),
     Case(BF16, 256, 1024, 1024, 20, groups=2, causal=True, masks="window softcap packed"),
 ]
 CASES = {
-    80: [HALF[2], HALF[8]],  # sm_89's tiles, and more room
+    80: [HALF[2], HALF[8], HALF[-1]],  # sm_89's tiles, and more room
     89: [
         *HALF,
         Case(FP32, 64, 197, 197, 50, causal=True, masks="key float bias"),
         Case(FP32, 256, 300, 300, 20),
+        Case(FP32, 128, 300, 300, 20, groups=2, causal=True, masks="window softcap packed sets"),
     ],
     90: [
         *HALF,  # float32 takes the same tiles on every card
@@ -133,8 +138,8 @@ def launch(case: Case):
     options = dict(causal=case.causal, scale=d**-0.5)
     if "key" in case.masks:
         options["key_mask"] = torch.ones(2, M, dtype=torch.bool)
-    if "bool" in case.masks or "float" in case.masks:
-        kind = torch.bool if "bool" in case.masks else torch.float32
+    kinds = dict(bool=torch.bool, float=torch.float32, half=torch.float16)
+    if kind := next((kinds[name] for name in kinds if name in case.masks), None):
         options["attn_mask"] = torch.ones(2, 1, N, M, dtype=kind)
     if "bias" in case.masks:
         options["prompt_bias"] = torch.zeros(1, H, N, P)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from compare import assert_as_accurate
+from test_prompt_attention import make
 
 from fastprompt import native
 from fastprompt.ops import prompt_attention, reference
@@ -33,17 +34,6 @@ def variant(request, monkeypatch):
     return request.param
 
 
-def make(shape, dtype):
-    B, Hq, Hkv, N, M, P, d = shape
-    torch.manual_seed(0)
-    q = torch.randn(B, N, Hq, d, dtype=dtype).transpose(1, 2)
-    k, v = torch.randn(B, M, 2, Hkv, d, dtype=dtype).unbind(2)
-    prompts = torch.randn(2, Hkv, P, d, dtype=dtype).unbind(0)
-    return [
-        t.detach().requires_grad_() for t in (q, k.transpose(1, 2), v.transpose(1, 2), *prompts)
-    ]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
@@ -56,12 +46,12 @@ def test_as_accurate_as_eager(variant, shape, options, masked, dtype):
         options["key_mask"][-1] = False  # one sample sees no token
     ours = partial(prompt_attention, backend="native", **options)
     eager = partial(reference.prompt_attention, **options)
-    assert_as_accurate(ours, eager, make(SHAPES[shape], dtype), torch.randn(B, Hq, N, d))
+    assert_as_accurate(ours, eager, make(SHAPES[shape], dtype, "cpu"), torch.randn(B, Hq, N, d))
 
 
 def test_scores_too_large_for_an_exponential(variant):
     """Scores of 1e4: all but the largest vanish, nothing overflows."""
-    inputs = make(SHAPES["narrow"], torch.float32)
+    inputs = make(SHAPES["narrow"], torch.float32, "cpu")
     with torch.no_grad():
         inputs[0].mul_(3e3)
     out = prompt_attention(*inputs, backend="native")
@@ -80,7 +70,9 @@ def test_any_number_of_threads(variant, threads):
         ours = partial(prompt_attention, backend="native", causal=True)
         eager = partial(reference.prompt_attention, causal=True)
         shape = SHAPES["many samples"]
-        assert_as_accurate(ours, eager, make(shape, torch.float32), torch.randn(70, 2, 3, 16))
+        assert_as_accurate(
+            ours, eager, make(shape, torch.float32, "cpu"), torch.randn(70, 2, 3, 16)
+        )
     finally:
         torch.set_num_threads(before)
 
@@ -88,7 +80,7 @@ def test_any_number_of_threads(variant, threads):
 def test_refusals():
     if not native.available():
         pytest.skip("the native part is missing")
-    q, k, v, pk, pv = (t.detach() for t in make(SHAPES["narrow"], torch.float32))
+    q, k, v, pk, pv = (t.detach() for t in make(SHAPES["narrow"], torch.float32, "cpu"))
     out, lse = torch.empty_like(q), torch.empty(3, 3, 33)
     call = partial(native.attention, causal=False, scale=1.0)
     with pytest.raises(ValueError, match=r"want torch.float32 rows .* got torch.float64"):

@@ -28,6 +28,7 @@ from fastprompt import native
 from fastprompt.ops import prompt_attention_merge as merge
 from fastprompt.ops import prompt_attention_native as compiled
 from fastprompt.ops import reference, vendors
+from fastprompt.ops.layout import in_our_layout, rows_like
 from fastprompt.ops.options import SCHEMA, TENSORS, Options, check, check_values
 
 # ---- op: schema, fake, dispatch ----
@@ -44,8 +45,8 @@ torch.library.define(
 @torch.library.register_fake("fastprompt::prompt_attention")
 def _outputs(q, k, v, prompt_k, prompt_v, *options):
     """[B, Hq, N, d] whose memory is [B, N, Hq, d], so that the caller's reshape is free; lse."""
-    B, H, N, d = q.shape
-    return q.new_empty(B, N, H, d).transpose(1, 2), q.new_empty(B, H, N, dtype=torch.float32)
+    B, H, N, _ = q.shape
+    return rows_like(q), q.new_empty(B, H, N, dtype=torch.float32)
 
 
 @torch.library.register_fake("fastprompt::prompt_attention_backward")
@@ -53,13 +54,8 @@ def _gradients(dout, out, lse, q, k, v, prompt_k, prompt_v, *options):
     """Each token gradient in [B, tokens, heads, d] memory; an empty tensor where none is asked."""
     *_, tokens, prompts = options
 
-    def like(x, wanted):
-        if not wanted:
-            return x.new_empty(0)
-        return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
     own = [t.new_empty(t.shape if prompts else 0) for t in (prompt_k, prompt_v)]
-    return (*(like(t, tokens) for t in (q, k, v)), *own)
+    return (*(rows_like(t) if tokens else t.new_empty(0) for t in (q, k, v)), *own)
 
 
 def chosen_backend(q: Tensor, backend: str = "auto") -> str:
@@ -213,7 +209,7 @@ def prompt_attention(
         options = o._asdict()
         del options["backend"]
         out = reference.prompt_attention(q, k, v, prompt_k, prompt_v, **options)
-        return out.transpose(1, 2).contiguous().transpose(1, 2)
+        return in_our_layout(out)
     return _PromptAttention.apply(*_distinct(q, k, v, prompt_k, prompt_v, *o))
 
 

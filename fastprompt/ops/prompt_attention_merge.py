@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastprompt.ops import products, reference
+from fastprompt.ops.layout import in_our_layout, rows_like
 from fastprompt.ops.options import Options
 from fastprompt.ops.vendors import Vendor
 
@@ -24,9 +25,9 @@ def forward(vendor: Vendor, q, k, v, prompt_k, prompt_v, o: Options) -> tuple[Te
     pieces = list(_pieces(o, N, k.shape[2]))
     if _is_whole(pieces, q, k):
         out, lse = _attend(vendor, q, k, v, o, pieces[0])
-        out = _in_our_layout(out)
+        out = in_our_layout(out)
     else:
-        out, lse = _in_our_layout(q.new_zeros(q.shape)), _minus_infinity(q)
+        out, lse = in_our_layout(q.new_zeros(q.shape)), _minus_infinity(q)
         for piece in pieces if k.numel() and q.numel() else ():
             own = (q[:, :, piece.queries], *(x[:, :, piece.keys] for x in (k, v)))
             out[:, :, piece.queries], lse[:, :, piece.queries] = _attend(vendor, *own, o, piece)
@@ -50,7 +51,7 @@ def backward(
         grads = _backward(vendor, *rows, *shared, o, *wanted, own)
     else:
         # a few samples at a time: whole copies in float32 would double the memory
-        grads = [_rows_like(x) for x in (q, k, v)] if tokens else None
+        grads = [rows_like(x) for x in (q, k, v)] if tokens else None
         shared = [p.float() for p in shared]
         for some in _batches(q):
             part = _backward(
@@ -58,7 +59,7 @@ def backward(
             )
             for whole, few in zip(grads or (), part or (), strict=True):
                 whole[some] = few
-    grads = [_in_our_layout(grads[i]) if tokens else q.new_empty(0) for i in range(3)]
+    grads = [in_our_layout(grads[i]) if tokens else q.new_empty(0) for i in range(3)]
     return *grads, *(g.to(q.dtype) if prompts else q.new_empty(0) for g in own)
 
 
@@ -93,8 +94,8 @@ def _tokens_gradients(vendor, dout, out, lse, q, k, v, o):
     pieces = list(_pieces(o, q.shape[2], k.shape[2]))
     if _is_whole(pieces, q, k):
         dq, dk, dv = _gradients(vendor, dout, out, lse, q, k, v, o, pieces[0])
-        return [_in_our_layout(dq), dk, dv]
-    dq, dk, dv = (_in_our_layout(torch.zeros_like(x)) for x in (q, k, v))
+        return [in_our_layout(dq), dk, dv]
+    dq, dk, dv = (in_our_layout(torch.zeros_like(x)) for x in (q, k, v))
     for piece in pieces if k.numel() and q.numel() else ():
         queries = (x[:, :, piece.queries] for x in (dout, out, lse, q))
         keys = (x[:, :, piece.keys] for x in (k, v))
@@ -153,7 +154,7 @@ def _attend(vendor, q, k, v, o, piece) -> tuple[Tensor, Tensor]:
                 lse.masked_fill(hidden, -torch.inf),
             )
         return out, lse
-    out, lse = _in_our_layout(q.new_zeros(q.shape)), _minus_infinity(q)
+    out, lse = in_our_layout(q.new_zeros(q.shape)), _minus_infinity(q)
     for b in range(q.shape[0]):
         keys, values = (_repeated(x[b], q.shape[1]) for x in (k, v))
         bias = None if mask is None else mask[b if mask.shape[0] > 1 else 0]
@@ -248,15 +249,6 @@ def _shares(B: int, P: int, o: Options) -> Iterator[_Share]:
 def _repeated(x: Tensor, H: int) -> Tensor:
     """[Hkv, J, d] -> [H, J, d]."""
     return x if len(x) == H else x.repeat_interleave(H // len(x), dim=0)
-
-
-def _in_our_layout(x: Tensor) -> Tensor:
-    """[B, H, N, d] in [B, N, H, d] memory; no copy where it is so already."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _rows_like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 def _heads_first(x: Tensor) -> Tensor:

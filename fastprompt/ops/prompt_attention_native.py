@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastprompt import native
+from fastprompt.ops.layout import rows_like
 from fastprompt.ops.options import Options
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -29,7 +30,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """([B, Hq, N, d] laid out as [B, N, Hq, d], lse [B, Hq, N] float32, natural logarithm)."""
     B, H, N, _ = q.shape
-    out, lse = _rows_like(q), q.new_empty(B, H, N, dtype=torch.float32)
+    out, lse = rows_like(q), q.new_empty(B, H, N, dtype=torch.float32)
     native.attention(q, k, v, prompt_k, prompt_v, out, lse, **_options(o))
     return out, lse
 
@@ -39,7 +40,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dprompt_k, dprompt_v); empty tensors for what is not asked."""
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    rows = tuple(_rows_like(x) for x in (q, k, v)) if tokens else None
+    rows = tuple(rows_like(x) for x in (q, k, v)) if tokens else None
     shares = None
     if prompts:
         parts = native.attention_parts(k.shape[0] * k.shape[1], 8 * prompt_k.numel())
@@ -55,8 +56,3 @@ def backward(
 def _options(o: Options) -> dict:
     mask = None if o.key_mask is None else o.key_mask.contiguous()
     return dict(causal=o.causal, scale=o.scale, window=o.window, key_mask=mask)
-
-
-def _rows_like(x: Tensor) -> Tensor:
-    """[B, heads, rows, d] laid out as [B, rows, heads, d]."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)

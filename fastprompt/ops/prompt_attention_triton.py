@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastprompt.ops.layout import rows_like
 from fastprompt.ops.options import Options
 from fastprompt.ops.prompt_attention_gradients import (
     dkv_kernel,
@@ -74,8 +75,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, o: Options
 ) -> tuple[Tensor, Tensor]:
     """([B, Hq, N, d] laid out as [B, N, Hq, d], lse [B, Hq, N] float32, natural logarithm)."""
-    B, H, N, d = q.shape
-    out = q.new_empty(B, N, H, d).transpose(1, 2)
+    B, H, N, _ = q.shape
+    out = rows_like(q)
     lse = q.new_empty(B, H, N, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
@@ -164,7 +165,7 @@ def backward(
 def _backward_queries(dout, out, lse, q, k, v, prompt_k, prompt_v, o):
     B, H, N, d = q.shape
     (H_kv, M), P = k.shape[1:3], prompt_k.shape[-2]
-    dq, delta = _rows_like(q), torch.empty_like(lse)
+    dq, delta = rows_like(q), torch.empty_like(lse)
     strides, layout = _strides(dout, out, q, k, v, prompt_k, prompt_v)
 
     def launch(tile: Tile) -> None:
@@ -186,7 +187,7 @@ def _backward_queries(dout, out, lse, q, k, v, prompt_k, prompt_v, o):
 
 def _backward_keys(dout, out, lse, q, k, v, delta, o):
     (B, H, N, d), (H_kv, M) = q.shape, k.shape[1:3]
-    dk, dv = _rows_like(k), _rows_like(v)
+    dk, dv = rows_like(k), rows_like(v)
     strides, layout = _strides(dout, q, k, v)
 
     def launch(tile: Tile) -> None:
@@ -272,8 +273,3 @@ def _row_blocks(o: Options, B: int, N: int, block: int) -> int:
 
 def _sequences(o: Options) -> int | None:
     return o.cu_seqlens_q.numel() - 1 if o.packed else None
-
-
-def _rows_like(x: Tensor) -> Tensor:
-    """[B, heads, rows, d] laid out as [B, rows, heads, d], as `forward`'s output is."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
