@@ -26,6 +26,7 @@ struct Attention {
   float scale;
   Dtype dtype;  // f32 or bf16
   bool causal, tokens;
+  int* out_of_memory;  // set to 1 by a part that found none; what it owed is then not written
 };
 
 // Works out units [first, last) of the B * heads_kv pairs of a sample and a key head; `part` says

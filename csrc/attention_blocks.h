@@ -21,9 +21,6 @@ constexpr float kInfinity = __builtin_inff();
 inline float widen(float x) { return x; }
 inline float widen(uint16_t x) { return float_of(uint32_t(x) << 16); }  // bfloat16
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t whole(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // One float32 row after another, as a factor wants them.
 struct Matrix {
@@ -41,9 +38,10 @@ struct Keys {
 class Scratch {
  public:
   ~Scratch() { free(memory_); }
-  void reserve(int64_t floats) {
-    if (posix_memalign(&memory_, 64, size_t(floats) * 4 + 64)) abort();
+  bool reserve(int64_t floats) {
+    if (posix_memalign(&memory_, 64, size_t(floats) * 4 + 64)) return false;
     at_ = static_cast<float*>(memory_);
+    return true;
   }
   float* take(int64_t floats) {
     float* taken = at_;
@@ -69,11 +67,13 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
     const int64_t vectors = (a.N + kLanes - 1) / kLanes, per = block_ / kLanes;
     const int64_t blocks = (vectors + per - 1) / per;
     step_ = blocks ? (vectors + blocks - 1) / blocks * kLanes : kLanes;  // blocks of one size
-    scratch_.reserve(4 * (keys + a.P + 32) * width_ + 7 * block_ * (width_ + 16) + 2 * (keys + 1) * block_ +
-                     4 * block_ + 1024);
+    works_ = scratch_.reserve(4 * (keys + a.P + 32) * width_ + 7 * block_ * (width_ + 16) +
+                              2 * (keys + 1) * block_ + 4 * block_ + 1024);
   }
 
   void run(int64_t part, int64_t first, int64_t last) {
+    // nothing may be thrown across the threads' runtime
+    if (!works_) return __atomic_store_n(a_.out_of_memory, 1, __ATOMIC_RELAXED);
     Matrix dk = {}, dv = {};
     if (a_.dprompt) dk = sums(a_.P), dv = sums(a_.P);
     float* start = scratch_.mark();
@@ -313,6 +313,7 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
   const bool backward_;
   int64_t block_, step_;
   Scratch scratch_;
+  bool works_;
   Keys prompts_, tokens_;
 };
 

@@ -1,4 +1,4 @@
-"""Break one line at a time; some test must fail.  python tests/mutate.py [FILE ...] [--jobs 2]
+"""Break one line at a time; some test must fail.  python tests/mutate.py [FILE ...]
 
 Every line of the given files that computes something (device code of the Triton kernels and the
 vendors' merge by default) gets one change: an operator or a function swapped for another. A copy
@@ -29,6 +29,7 @@ OPS = "fastprompt/ops/"
 TESTS = [  # in an order in which most lines are noticed soon
     "tests/test_prompt_attention_sets.py", "tests/test_prompt_attention.py", "tests/test_vendors.py"
 ]  # fmt: skip
+SLOW = ("many_short", "decoding", "own_set", "checkpointing", "bit_for_bit")  # these last
 TRITON = "triton and not float16 and not bfloat16 and not long_sums and not not_hidden and not wide"
 FILES = {  # file -> what selects its tests
     OPS + "prompt_attention_kernels.py": TRITON,
@@ -78,6 +79,14 @@ def copy_of_the_repository() -> Path:
     return folder
 
 
+class SlowLast:
+    """A plugin of pytest's: most lines are noticed by a quick test."""
+
+    @staticmethod
+    def pytest_collection_modifyitems(items: list) -> None:
+        items.sort(key=lambda item: any(word in item.name for word in SLOW))
+
+
 def survives(job: tuple[str, int, str, str]) -> bool:
     """Runs in a process of its own, forked from one that has torch already."""
     file, row, _, new = job
@@ -105,7 +114,7 @@ def survives(job: tuple[str, int, str, str]) -> bool:
         "--tb=no",
     ]
     try:
-        return pytest.main([*selection, *TESTS]) != pytest.ExitCode.TESTS_FAILED
+        return pytest.main([*selection, *TESTS], plugins=[SlowLast]) != pytest.ExitCode.TESTS_FAILED
     finally:
         shutil.rmtree(folder)
 
@@ -123,8 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", default=list(FILES))
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--skip", type=int, default=0, help="so many lines are done already")
     given = parser.parse_args()
-    jobs = [(f, *m) for f in given.files for m in mutations((ROOT / f).read_text())]
+    jobs = [(f, *m) for f in given.files for m in mutations((ROOT / f).read_text())][given.skip :]
     lives = 0
     with get_context("fork").Pool(given.jobs, maxtasksperchild=1) as pool:
         # unbroken, everything must pass, or nothing below means anything

@@ -1,5 +1,7 @@
 """csrc's attention on every instruction set that this machine runs."""
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -91,3 +93,23 @@ def test_refusals():
         call(q, k, v, pk, pv, out, lse.double())
     with pytest.raises(ValueError, match="variant: want one of"):
         call(q, k, v, pk, pv, out, lse, variant="sse9")
+
+
+def test_a_lack_of_memory_is_an_error():
+    """Not an end of the process: in one of its own, with 40 MB to spare, 100 are asked for."""
+    code = """
+import resource, torch
+from fastprompt.ops import prompt_attention
+torch.set_num_threads(1)
+x = torch.randn(1, 1, 2, 64)
+prompt_attention(x, x, x, x[0], x[0], backend="native")
+long, few = torch.randn(2, 1, 1, 60000, 64), torch.randn(1, 3, 64)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), -1))
+try:
+    prompt_attention(x, *long, few, few, backend="native")
+except MemoryError:
+    print("raised")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "raised\n", done.stderr
