@@ -13,6 +13,8 @@ WHERE = {  # name -> module:attribute, imported when it is asked for
     "prompt_attention_decode": "benchmarks.prompt_attention:DECODING",
     "decode_4bit": "benchmarks.decode_4bit:DECODE",
     "nf4_linear": "benchmarks.decode_4bit:PRODUCT",
+    "select_prompts": "benchmarks.select_prompts:BENCHMARK",
+    "instruction_step": "benchmarks.instruction_step:BENCHMARK",
 }
 
 

@@ -28,6 +28,9 @@ typedef int32_t Ints __attribute__((vector_size(kLanes * 4), aligned(4), may_ali
 inline Lanes load(const float* x) { return *reinterpret_cast<const Lanes*>(x); }
 inline void store(float* x, Lanes value) { *reinterpret_cast<Lanes*>(x) = value; }
 inline Lanes splat(float x) { return x - Lanes{}; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t whole(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
 // e^x to about one unit in the last place, 0 below the least normal float, NaN of NaN: x = n ln 2 +

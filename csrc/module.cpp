@@ -4,6 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
+#include <memory>
+#include <new>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -13,6 +16,7 @@
 #include "attention.h"
 #include "decode.h"
 #include "parallel.h"
+#include "select.h"
 
 namespace fastprompt {
 namespace {
@@ -22,10 +26,13 @@ struct Variant {
   DecodeBlocks decode;
   MultiplyRows multiply;
   Attend attend, attend_backward;
+  TurnQueries turn;
+  ScoreKeys score;
+  PickPrompts pick;
 };
 
 #define FASTPROMPT_NAMED(isa) \
-  { #isa, decode_##isa, multiply_##isa, attend_##isa, attend_backward_##isa }
+  { #isa, decode_##isa, multiply_##isa, attend_##isa, attend_backward_##isa, turn_##isa, score_##isa, pick_##isa }
 
 #if defined(__x86_64__)
 bool has_f16c_and_fma() {  // not names that every compiler's __builtin_cpu_supports takes
@@ -149,6 +156,8 @@ void attention(const std::array<Address, 7>& inputs, const std::array<Address, 3
   a.P = sizes[5], a.d = sizes[6];
   a.window = window, a.scale = scale, a.dtype = static_cast<Dtype>(dtype);
   a.causal = causal, a.tokens = tokens;
+  int out_of_memory = 0;
+  a.out_of_memory = &out_of_memory;
   task.attend = backward ? variants().at(variant).attend_backward : variants().at(variant).attend;
   task.units = a.B * a.heads_kv, task.parts = parts;
   const auto work = [](void* p, int part) {
@@ -156,6 +165,80 @@ void attention(const std::array<Address, 7>& inputs, const std::array<Address, 3
     t.attend(t.attention, part, t.units * part / t.parts, t.units * (part + 1) / t.parts);
   };
   parallel(parts, threads, work, &task);
+  if (out_of_memory) throw std::bad_alloc();  // Python's MemoryError
+}
+
+// Shares of the keys: one a thread, since each looks for a best k of its own; several a thread where
+// a core's being late would cost more than that; none of fewer keys than are scored at once.
+int64_t shares(int64_t keys, int64_t threads) {
+  const int64_t tiles = (keys + Selection::kKeys - 1) / Selection::kKeys;
+  const int64_t wanted = threads == 1 || tiles < 128 * threads ? threads : 4 * threads;
+  return tiles < wanted ? tiles : wanted;
+}
+
+void select(const std::array<int64_t, 7>& addresses, const std::array<int64_t, 4>& strides,
+            const std::array<int64_t, 6>& sizes, const std::array<int, 3>& kinds, bool rest,
+            uintptr_t total, int threads, size_t variant) {
+  struct Task {
+    Selection selection;
+    Variant variant;
+    int64_t parts;
+    double* sums;
+  } task{{}, variants().at(variant), 1, nullptr};
+  Selection& s = task.selection;
+  s.keys = reinterpret_cast<const void*>(addresses[0]);
+  s.key_scale = reinterpret_cast<const float*>(addresses[1]);
+  s.query = reinterpret_cast<const void*>(addresses[2]);
+  s.prompts = reinterpret_cast<const void*>(addresses[3]);
+  s.tokens = reinterpret_cast<void*>(addresses[4]);
+  s.indices = reinterpret_cast<int64_t*>(addresses[5]);
+  s.scores = reinterpret_cast<float*>(addresses[6]);
+  s.query_row = strides[0], s.key_row = strides[1];
+  s.prompt_entry = strides[2], s.prompt_row = strides[3];
+  s.B = sizes[0], s.C = sizes[1], s.D = sizes[2], s.L = sizes[3], s.E = sizes[4];
+  s.k = sizes[5], s.columns = (s.B + s.kQueries - 1) / s.kQueries * s.kQueries;
+  s.query_is = static_cast<Number>(kinds[0]), s.keys_are = static_cast<Number>(kinds[1]);
+  s.prompts_are = static_cast<Number>(kinds[2]);
+  s.rest = rest, s.add_up = rest && !total;
+  s.parts = shares(s.C, threads);
+  s.capacity = s.few() ? s.k : 2 * s.k;
+
+  // all memory is taken here, where a lack of it becomes Python's MemoryError
+  const int64_t row = s.L * s.E;
+  const std::unique_ptr<char[]> candidates(new char[s.B * s.parts * s.capacity * Selection::kCandidateBytes]);
+  const std::unique_ptr<float[]> scratch(new float[s.parts * s.scratch_floats()]);
+  const std::unique_ptr<float[]> queries(new float[s.D * s.columns]);
+  std::vector<uint8_t> fine(s.columns);
+  std::vector<int64_t> counts(s.B * s.parts);
+  std::vector<double> sums(rest ? (s.parts + 1) * row : 0);
+  s.queries = queries.get(), s.fine = fine.data();
+  s.candidates = candidates.get(), s.counts = counts.data();
+  s.scratch = scratch.get(), s.sums = sums.data();
+
+  const auto turn = [](void* p, int part) {
+    const Task& t = *static_cast<Task*>(p);
+    t.variant.turn(t.selection, part * Selection::kQueries);
+  };
+  parallel(static_cast<int>(s.columns / s.kQueries), threads, turn, &task);
+  const auto score = [](void* p, int part) {
+    const Task& t = *static_cast<Task*>(p);
+    t.variant.score(t.selection, part);
+  };
+  parallel(static_cast<int>(s.parts), threads, score, &task);
+  if (total) memcpy(s.sums, reinterpret_cast<const void*>(total), row * sizeof(double));
+  for (int64_t part = 0; s.add_up && part < s.parts; ++part)
+    for (int64_t i = 0; i < row; ++i) sums[i] += sums[(part + 1) * row + i];
+
+  task.parts = s.B < 2 * threads ? s.B : 2 * threads;
+  std::vector<double> own(rest ? task.parts * row : 0);
+  task.sums = own.data();
+  const auto pick = [](void* p, int part) {
+    const Task& t = *static_cast<Task*>(p);
+    const Selection& s = t.selection;
+    t.variant.pick(s, t.sums + (s.rest ? part * s.L * s.E : 0), s.B * part / t.parts,
+                   s.B * (part + 1) / t.parts);
+  };
+  parallel(static_cast<int>(task.parts), threads, pick, &task);
 }
 
 }  // namespace
@@ -163,9 +246,10 @@ void attention(const std::array<Address, 7>& inputs, const std::array<Address, 3
 
 PYBIND11_MODULE(_native, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled part of fastprompt; use it through fastprompt.native.";
-  m.attr("ABI") = 2;  // raised with every change of what native.py calls
+  m.attr("ABI") = 3;  // raised with every change of what native.py calls
   m.def("variants", &fastprompt::names, "Instruction sets that this machine runs, best first.");
   m.def("decode", &fastprompt::decode, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("multiply", &fastprompt::multiply, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("attention", &fastprompt::attention, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("select", &fastprompt::select, pybind11::call_guard<pybind11::gil_scoped_release>());
 }

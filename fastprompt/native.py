@@ -1,4 +1,4 @@
-"""The only file that touches the compiled part (csrc/): 4-bit weights and attention on the CPU.
+"""The only file that touches the compiled part (csrc/): 4-bit weights, attention, selection.
 
 The package works without it: `available()` says whether it is there, `why_missing()` why not.
 """
@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ABI = 2  # csrc/module.cpp has the same; a module left from another version is not called
+ABI = 3  # csrc/module.cpp has the same; a module left from another version is not called
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/decode.h: Dtype
 
 
@@ -264,6 +264,64 @@ def attention_parts(units: int, share_bytes: int = 0) -> int:
     """
     most = (1 << 27) // share_bytes if share_bytes else units
     return max(1, min(units, 2 * torch.get_num_threads(), most))
+
+
+def select(
+    query: Tensor,
+    keys: Tensor,
+    prompts: Tensor,
+    k: int,
+    rest: bool,
+    key_scale: Tensor | None = None,
+    total: Tensor | None = None,
+    variant: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``k`` prompts of highest cosine, on torch.get_num_threads() threads.
+
+    Args:
+        query: [B, D], keys: [C, D], prompts: [C, L, E], each float32, bfloat16 or float16, keys
+            int8 too; C below 2**31. Any strides with a contiguous last axis.
+        k: 1 .. C. rest: add the mean of the others as last row (k below C).
+        key_scale: [C] contiguous float32. total: [L, E] contiguous float64, the prompts' sum.
+        variant: one of `variants()`; the best of them by default.
+
+    Returns:
+        tokens [B, k + rest, L, E], indices [B, k] int64, scores [B, k] float32.
+
+    Raises:
+        ValueError: an unknown variant, or a dtype, stride or device other than these.
+        RuntimeError: the native part is missing.
+    """
+    module, index = _module(variant)
+    (B, D), (C, L, E) = query.shape, prompts.shape
+    if keys.shape != (C, D) or not 1 <= k <= C - rest or C >= 2**31 or D == 0:
+        raise ValueError(f"want keys [{C}, {D}] and k up to C; got {list(keys.shape)} and {k}")
+    kinds, given = DTYPES | {torch.int8: 3}, dict(query=query, keys=keys, prompts=prompts)
+    for name, x in given.items():
+        rows = not x.numel() or x.shape[-1] == 1 or x.stride(-1) == 1
+        if not x.is_cpu or kinds.get(x.dtype, 4) > 2 + (x is keys) or not rows:
+            raise ValueError(f"{name}: want rows on the CPU, got {x.dtype} on {x.device}")
+    tokens = prompts.new_empty(B, k + rest, L, E)
+    indices, scores = torch.empty(B, k, dtype=torch.int64), torch.empty(B, k)
+    module.select(
+        [
+            keys.data_ptr(),
+            0 if key_scale is None else _check("key_scale", key_scale, torch.float32, C),
+            query.data_ptr(),
+            prompts.data_ptr(),
+            tokens.data_ptr(),
+            indices.data_ptr(),
+            scores.data_ptr(),
+        ],
+        [query.stride(0), keys.stride(0), *prompts.stride()[:2]],
+        [B, C, D, L, E, k],
+        [kinds[x.dtype] for x in given.values()],
+        rest,
+        0 if total is None else _check("total", total, torch.float64, L * E),
+        torch.get_num_threads(),
+        index,
+    )
+    return tokens, indices, scores
 
 
 def _rows(t: Tensor | None) -> tuple[int, int, int, int]:

@@ -1,5 +1,7 @@
 """The memory that results have: [B, rows, heads, d], so that a caller's reshape is free."""
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 
@@ -11,3 +13,13 @@ def rows_like(x: Tensor) -> Tensor:
 def in_our_layout(x: Tensor) -> Tensor:
     """``x`` [B, heads, rows, d] laid out as [B, rows, heads, d]; no copy where it is so already."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def distinct(*arguments: object) -> Iterator[object]:
+    """The same, but no tensor twice: torch.compile takes none twice in an autograd function."""
+    seen: list[Tensor] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            x = x.view_as(x) if any(x is other for other in seen) else x
+            seen.append(x)
+        yield x

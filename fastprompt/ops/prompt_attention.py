@@ -28,7 +28,7 @@ from fastprompt import native
 from fastprompt.ops import prompt_attention_merge as merge
 from fastprompt.ops import prompt_attention_native as compiled
 from fastprompt.ops import reference, vendors
-from fastprompt.ops.layout import in_our_layout, rows_like
+from fastprompt.ops.layout import distinct, in_our_layout, rows_like
 from fastprompt.ops.options import SCHEMA, TENSORS, Options, check, check_values
 
 # ---- op: schema, fake, dispatch ----
@@ -210,14 +210,4 @@ def prompt_attention(
         del options["backend"]
         out = reference.prompt_attention(q, k, v, prompt_k, prompt_v, **options)
         return in_our_layout(out)
-    return _PromptAttention.apply(*_distinct(q, k, v, prompt_k, prompt_v, *o))
-
-
-def _distinct(*arguments):
-    """The same, but no tensor twice: torch.compile takes none twice in an autograd function."""
-    seen: list[Tensor] = []
-    for x in arguments:
-        if isinstance(x, Tensor):
-            x = x.view_as(x) if any(x is other for other in seen) else x
-            seen.append(x)
-        yield x
+    return _PromptAttention.apply(*distinct(q, k, v, prompt_k, prompt_v, *o))

@@ -115,3 +115,65 @@ def additive_mask(
         lowest = attn_mask <= torch.finfo(attn_mask.dtype).min
         bias = bias + attn_mask.to(like.dtype).masked_fill(lowest, -torch.inf)
     return bias
+
+
+def select_prompts(
+    query: Tensor,
+    keys: Tensor,
+    prompts: Tensor,
+    k: int,
+    *,
+    rest: str | None = "mean",
+    key_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens [B, k or k+1, ...], indices [B, k], scores [B, k]); see `ops.select_prompts`."""
+    B, C = len(query), len(keys)
+    scores = cosines(query, keys if key_scale is None else keys * key_scale[:, None])
+    indices = scores.detach().sort(descending=True, stable=True).indices[:, :k]
+    tokens = prompts[indices]
+    if rest is not None and k < C:
+        others = torch.ones(B, C, dtype=torch.bool, device=query.device).scatter(1, indices, False)
+        wide = torch.promote_types(prompts.dtype, torch.float32)
+        mean = others.to(wide) @ prompts.flatten(1).to(wide) / (C - k)
+        mean = mean.to(prompts.dtype).view(B, 1, *prompts.shape[1:])
+        tokens = torch.cat([tokens, mean], dim=1)
+    return tokens, indices, scores.gather(1, indices)
+
+
+def cosines(query: Tensor, keys: Tensor) -> Tensor:
+    """Cosine of every query row to every key row, [B, C], in float32 or wider.
+
+    0 with a zero row, -inf with one whose squared length is not finite.
+    """
+    (query, _, fine_query), (keys, _, fine_keys) = unit_rows(query), unit_rows(keys)
+    wide = torch.promote_types(query.dtype, keys.dtype)
+    scores = query.to(wide) @ keys.to(wide).mT
+    return scores.masked_fill(~(fine_query & fine_keys.mT), -torch.inf)
+
+
+def cosine_logits(cls: Tensor, tokens: Tensor, scale: float | Tensor) -> Tensor:
+    """``scale`` times the cosine of each row to each of its tokens; see `ops.cosine_logits`."""
+    (cls, _, fine_cls), (tokens, _, fine_tokens) = unit_rows(cls), unit_rows(tokens)
+    wide = torch.promote_types(cls.dtype, tokens.dtype)
+    logits = (
+        (tokens.to(wide) @ cls.to(wide)[..., None]).squeeze(-1)
+        if tokens.ndim == 3
+        else (cls.to(wide) @ tokens.to(wide).mT)
+    )
+    return scale * logits.masked_fill(~(fine_cls & fine_tokens.squeeze(-1)), torch.nan)
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows at length 1, what they were multiplied by, and whether their squared length is finite.
+
+    In float32 or wider; the last two are [..., 1]. Rows of length 0 or not finite come out as 0,
+    multiplied by 0.
+    """
+    x = x.to(
+        torch.promote_types(x.dtype if x.is_floating_point() else torch.float32, torch.float32)
+    )
+    square = x.square().sum(-1, keepdim=True)
+    fine = square.isfinite()
+    has_length = fine & (square > 0)
+    factor = torch.where(has_length, square, 1.0).rsqrt().masked_fill(~has_length, 0.0)
+    return x.masked_fill(~has_length, 0.0) * factor, factor, fine
