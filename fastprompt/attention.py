@@ -30,6 +30,7 @@ from fastprompt.rotation import rotate
 
 NAME = "fastprompt"
 ATTRIBUTE = "_fastprompt"
+CHOICE = "fastprompt_choice"  # the keyword under which a pool's choice comes down to its blocks
 
 
 @dataclass(eq=False)
@@ -40,6 +41,15 @@ class SideKeys:
     prompt: Prompt | None  # None: a block without a prompt
     previous: str  # the attention implementation that the tower had
     backend: str = "auto"
+
+    def for_batch(
+        self, dtype: torch.dtype, choice: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [Hkv, P, d], or sets of them with each sample's ``prompt_index``.
+
+        ``choice`` is what a pool chose for this batch, for the pools' own side keys.
+        """
+        return *self.keys_values(dtype), None
 
     def keys_values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[Hkv, P, d] each. Computed once per forward; kept while nothing changes in evaluation."""
@@ -59,17 +69,21 @@ class SideKeys:
         return kept
 
     def _compute(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        block = self.block
         # a batch axis of one: what modules and hooks of a block are used to
-        rows = block.norm(self.prompt.tokens.to(block.norm.weight.dtype)[None])
+        k, v = (x[0] for x in self.project(self.prompt.tokens.flatten(0, -2)[None]))
+        if self.block.rotary is not None:
+            k = rotate(k, self.block.rotary)
+        return k.to(dtype), v.to(dtype)
+
+    def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, P, D], rows of hidden states -> keys and values [S, Hkv, P, d], not rotated."""
+        block = self.block
+        rows = block.norm(rows.to(block.norm.weight.dtype))
         heads = (*rows.shape[:-1], -1, block.head_dim)
         k, v = block.k_proj(rows).view(heads), block.v_proj(rows).view(heads)
         if block.k_norm is not None:
             k = block.k_norm(k)
-        k, v = k[0].transpose(0, 1), v[0].transpose(0, 1)  # [Hkv, P, d]
-        if block.rotary is not None:
-            k = rotate(k, block.rotary)
-        return k.to(dtype), v.to(dtype)
+        return k.transpose(1, 2), v.transpose(1, 2)
 
     def _tensors(self) -> list[Tensor]:
         rotary = [] if self.block.rotary is None else [self.block.rotary.inv_freq]
@@ -132,6 +146,7 @@ def attention_forward(
         "eager" attention before it was patched (else None).
     """
     side: SideKeys = module.__dict__[ATTRIBUTE]
+    choice = kwargs.pop(CHOICE, None)
     if kwargs.get("output_attentions") and side.previous != "eager":
         raise ValueError(
             "output_attentions: want a model that was loaded with attn_implementation='eager' "
@@ -152,11 +167,13 @@ def attention_forward(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (t.to(dtype) for t in (query, key, value))
     if side.prompt is None:
-        prompts = key.new_empty(2, key.shape[1], 0, key.shape[3]).unbind(0)
+        *prompts, index = *key.new_empty(2, key.shape[1], 0, key.shape[3]).unbind(0), None
     else:
-        prompts = side.keys_values(dtype)
+        *prompts, index = side.for_batch(dtype, choice)
     inputs = (query, key, value, *prompts)
     options = dict(masks, scale=scaling, softcap=kwargs.get("softcap"))  # Gemma 2's
+    if index is not None:
+        options["prompt_index"] = index
     recorder.record(side.block.name, inputs, options)
     if side.previous == "eager":
         out, weights = reference.prompt_attention_with_weights(*inputs, dropout=dropout, **options)
@@ -193,8 +210,10 @@ def _without_prompt(previous, module, query, key, value, masks, rest):
 
 def _with_dropout(query, key, value, prompt_k, prompt_v, dropout, options) -> Tensor:
     """Concatenated: a softmax in two parts cannot drop what SDPA drops from the whole row."""
-    B, P = query.shape[0], prompt_k.shape[1]
-    scale = options.pop("scale")
+    B, P = query.shape[0], prompt_k.shape[-2]
+    scale, index = options.pop("scale"), options.pop("prompt_index", None)
+    if index is not None:
+        prompt_k, prompt_v = prompt_k[index], prompt_v[index]
     if options.pop("softcap") is not None:
         raise ValueError("attention dropout: want none beside soft-capping (SDPA has no such pair)")
     mask = reference.additive_mask(query.shape[2], key.shape[2], query, **options)

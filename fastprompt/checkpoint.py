@@ -5,8 +5,6 @@ are replaced in one step and never disagree. It is written beside it as JSON too
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fastprompt import methods
+from fastprompt.files import replace
 from fastprompt.patching import Patch, patch, patch_of
 
 WEIGHTS = "prompts.safetensors"
@@ -44,8 +43,8 @@ def save(model: nn.Module, folder: str | Path, *, weights: str = WEIGHTS) -> Pat
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "fastprompt": json.dumps(card)}
-    _replace(folder / weights, lambda part: save_file(tensors, part, metadata=metadata))
-    _replace(folder / CARD, lambda part: part.write_text(json.dumps(card, indent=1) + "\n"))
+    replace(folder / weights, lambda part: save_file(tensors, part, metadata=metadata))
+    replace(folder / CARD, lambda part: part.write_text(json.dumps(card, indent=1) + "\n"))
     return folder / weights
 
 
@@ -130,28 +129,6 @@ def base_sample(model: nn.Module) -> list[float]:
 
 
 # ---- files ----
-
-
-def _replace(path: Path, write) -> None:
-    """Write beside, flush, then rename over: an interrupted write leaves the old file."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    part = Path(name)
-    try:
-        write(part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        part.chmod(0o666 & ~_umask())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _find(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastprompt import attention, families, hooks, linear4bit, reporting, trainer
-from fastprompt.families import Anatomy, Block, Tower
+from fastprompt.families import Anatomy, Tower
+from fastprompt.families.base import join
 from fastprompt.methods import Method, default_for
 from fastprompt.ops.options import BACKENDS
+from fastprompt.pools import Pool
 from fastprompt.prompts import Prompt
 from fastprompt.trained import trained_copy
 
@@ -30,6 +33,7 @@ class Patch:
         replaced: module name -> what stands there now.
         skipped: module name -> why it was left alone.
         backend: which implementation of `ops.prompt_attention` runs.
+        pool: what chooses prompts for each sample, under L2P, DualPrompt and CODA-Prompt.
     """
 
     model: PreTrainedModel
@@ -38,6 +42,7 @@ class Patch:
     backend: str = "auto"
     replaced: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    pool: Pool | None = None
     _names: list[str] = field(default_factory=list)  # of the parameters that train
     _undo: list[tuple[str, Any]] = field(default_factory=list)  # newest last
 
@@ -65,6 +70,30 @@ class Patch:
         for prompt in self.prompts.values():
             prompt.refresh()
 
+    def query(self, features: Tensor) -> AbstractContextManager[None]:
+        """``with patch.query(features):`` forwards inside take [B, D] as the pool's query.
+
+        Saves the pass of the frozen model: its features of an image never change.
+        """
+        return self._of_a_pool().query(features)
+
+    def set_task(self, task: int) -> None:
+        """Go on to a task, from 0, of a method that has tasks (DualPrompt, CODA-Prompt)."""
+        pool = self._of_a_pool()
+        self.method = pool.method = pool.method.at_task(task)
+
+    def auxiliary_loss(self) -> Tensor:
+        """The pool's own loss (pull, orthogonality) of the last forward, a scalar.
+
+        It is in the model's ``loss`` already, if that forward got labels and built a graph.
+        """
+        return self._of_a_pool().auxiliary_loss()
+
+    def _of_a_pool(self) -> Pool:
+        if self.pool is None:
+            raise ValueError(f"want a patch with L2P, DualPrompt or CODAPrompt, got {self.method}")
+        return self.pool
+
     def undo(self) -> None:
         """Give the exact old model back: modules, values, requires_grad flags and config.
 
@@ -74,6 +103,7 @@ class Patch:
             step, what = self._undo.pop()
             _UNDO[step](what)
         self._names.clear()
+        self.pool = None
         self.model.__dict__.pop(ATTRIBUTE, None)
 
 
@@ -172,8 +202,9 @@ def _apply(done: Patch) -> None:
     lengths = method.lengths()
     prompted = [t for t in done.anatomy.towers if lengths.get(t.kind) and t.blocks]
     for tower in prompted:
-        for block in tower.blocks:
-            _add_prompt(done, block, lengths[tower.kind])
+        for layer in range(len(tower.blocks)):
+            _add_prompt(done, tower, layer)
+        done.pool = done.pool or method.pool(tower)
     for tower in done.anatomy.towers:
         if tower not in prompted:
             none = (
@@ -186,6 +217,8 @@ def _apply(done: Patch) -> None:
     _switch_configs(done, prompted)
     for tower in prompted:
         _add_hooks(done, tower)
+    if done.pool is not None:
+        _add_pool(done, done.pool)
     _skip_unread(done)
     done._undo.append(("trainer", trainer.attach(model)))
     model.__dict__[ATTRIBUTE] = done
@@ -203,15 +236,34 @@ def _train(done: Patch, part: str, name: str) -> None:
     done.replaced[name] = f"{part}, trains" + (" as a float32 copy" if low else "")
 
 
-def _add_prompt(done: Patch, block: Block, length: int) -> None:
-    weight = block.norm.weight
+def _add_prompt(done: Patch, tower: Tower, layer: int) -> None:
+    block = tower.blocks[layer]
+    prompt = done.method.prompt(tower.kind, layer, _row(block.norm.weight))
+    if prompt is None:
+        return
+    _add_child(done, block.layer, block.name, prompt)
+    done.replaced[block.name] = done.method.describe(tower.kind, layer)
+
+
+def _add_child(done: Patch, parent: nn.Module, name: str, child: nn.Module) -> None:
+    done._undo.append(("prompt", parent))
+    parent.add_module(CHILD, child.train(parent.training))
+    done._names += [join(name, CHILD, n) for n, _ in child.named_parameters()]
+
+
+def _row(weight: Tensor) -> Tensor:
+    """[D]: the dtype that prompts have beside a norm's weight, its width and its device."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    tokens = torch.empty(length, block.width, dtype=dtype, device=weight.device)
-    done._undo.append(("prompt", block.layer))
-    prompt = Prompt(done.method.init_(tokens)).train(block.layer.training)
-    block.layer.add_module(CHILD, prompt)
-    done._names.append(f"{block.name}.{CHILD}.tokens")
-    done.replaced[block.name] = f"{length} prompt rows as side keys"
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+
+
+def _add_pool(done: Patch, pool: Pool) -> None:
+    tower = pool.tower
+    keys = pool.method.shared_keys(_row(tower.blocks[0].norm.weight))
+    if keys is not None:
+        _add_child(done, tower.model, tower.name, keys)
+        done.replaced[join(tower.name, CHILD)] = f"{len(keys.keys)} pool keys, trains"
+    done._undo.append(("hooks", pool.attach(done.model)))
 
 
 def _switch_configs(done: Patch, towers: list[Tower]) -> None:
@@ -233,7 +285,8 @@ def _switch_configs(done: Patch, towers: list[Tower]) -> None:
         previous = tower.model.config._attn_implementation or "eager"
         for block in [*tower.blocks, *tower.unread]:
             prompt = getattr(block.layer, CHILD, None)
-            side = attention.SideKeys(block, prompt, previous, done.backend)
+            make = attention.SideKeys if done.pool is None else done.pool.side_keys
+            side = make(block, prompt, previous, done.backend)
             vars(block.attention)[attention.ATTRIBUTE] = side
             done._undo.append(("side keys", block.attention))
             # not the property: that would also switch the config's other parts

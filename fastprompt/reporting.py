@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,9 @@ def report(patch: Patch) -> str:
     lines = [f"fastprompt: {patch.method} on {type(model).__name__}", "", "towers"]
     for tower in patch.anatomy.towers:
         rows, depth = lengths.get(tower.kind, 0), len(tower.blocks) + len(tower.unread)
-        what = (
-            f"{rows} prompt rows × {len(tower.blocks)} of {depth} blocks" if rows else "no prompts"
-        )
+        kinds = Counter(patch.replaced[b.name] for b in tower.blocks if b.name in patch.replaced)
+        what = ", ".join(f"{kind.removesuffix(' as side keys')} × {n}" for kind, n in kinds.items())
+        what = f"{what} of {depth} blocks" if rows else "no prompts"
         lines.append(f"  {tower.kind:<8}{tower.family:<10}{what}  ({tower.name or 'the model'})")
         dropout = getattr(tower.blocks[0].attention, "attention_dropout", 0) if tower.blocks else 0
         if rows and isinstance(dropout, float) and dropout > 0:

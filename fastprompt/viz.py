@@ -29,7 +29,7 @@ def attention_to_prompts(model: nn.Module, **inputs) -> dict[str, Tensor]:
     def listen(name: str, given: tuple[Tensor, ...], options: dict) -> None:
         wide = (t.float() for t in given)
         _, weights = reference.prompt_attention_with_weights(*wide, **options)
-        shares[name] = weights[..., : given[3].shape[1]].sum(-1)
+        shares[name] = weights[..., : given[3].shape[-2]].sum(-1)
 
     with recorder.listening(listen):
         model(**inputs)

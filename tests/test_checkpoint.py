@@ -112,7 +112,7 @@ def test_refusals(tmp_path):
     refused(tiny.build("llama"), folder, "want a whole card; it lacks a sample")
     card["method"] = {"name": "Prefix"}
     save_file(tensors, path, metadata={"fastprompt": json.dumps(card)})
-    refused(tiny.build("llama"), folder, "method: want one of M2PT, VPT, DeepPrompts; got 'Prefix'")
+    refused(tiny.build("llama"), folder, "method: want one of M2PT, VPT, DeepPrompts.*got 'Prefix'")
     card["method"] = {"name": "VPT", "colour": 3}
     save_file(tensors, path, metadata={"fastprompt": json.dumps(card)})
     refused(tiny.build("llama"), folder, "method VPT.*colour")

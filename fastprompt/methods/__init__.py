@@ -1,13 +1,28 @@
 """The published methods, one file each."""
 
 from fastprompt.families import TEXT, VISION, Anatomy
+from fastprompt.instruction import InstructionViT
 from fastprompt.methods.base import DeepPrompts, Method
+from fastprompt.methods.coda import CODAPrompt
+from fastprompt.methods.dualprompt import DualPrompt
+from fastprompt.methods.l2p import L2P
 from fastprompt.methods.m2pt import M2PT
 from fastprompt.methods.vpt import VPT
 
-__all__ = ["M2PT", "VPT", "DeepPrompts", "Method", "default_for", "from_card"]
+__all__ = [
+    "L2P",
+    "M2PT",
+    "VPT",
+    "CODAPrompt",
+    "DeepPrompts",
+    "DualPrompt",
+    "InstructionViT",
+    "Method",
+    "default_for",
+    "from_card",
+]
 
-_BY_NAME = {cls.__name__: cls for cls in (M2PT, VPT, DeepPrompts)}
+_BY_NAME = {cls.__name__: cls for cls in (M2PT, VPT, DeepPrompts, L2P, DualPrompt, CODAPrompt)}
 
 
 def default_for(anatomy: Anatomy) -> Method:

@@ -1,11 +1,18 @@
 """What a method asks of a model: how long each tower's prompts are, and what trains beside them."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from fastprompt.families import TEXT, VISION, Anatomy
+from fastprompt.families import TEXT, VISION, Anatomy, Tower
+from fastprompt.prompts import Prompt
+
+if TYPE_CHECKING:
+    from fastprompt.pools import Pool
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,21 @@ class Method:
     def trains(self) -> tuple[str, ...]:
         """Parts that train beside the prompts: of "projector", "lm_head", "head"."""
         raise NotImplementedError
+
+    def prompt(self, kind: str, layer: int, like: Tensor) -> Prompt | None:
+        """A new prompt for block ``layer``, from 0, of such a tower; None: none there.
+
+        ``like`` is [D], of the prompt's width, dtype and device.
+        """
+        return Prompt(self.init_(like.new_empty(self.lengths()[kind], len(like))))
+
+    def describe(self, kind: str, layer: int) -> str:
+        """What that block then has, for the report."""
+        return f"{self.lengths()[kind]} prompt rows as side keys"
+
+    def pool(self, tower: Tower) -> Pool | None:
+        """What chooses prompts for each sample of the tower; None: all samples have the same."""
+        return None
 
     def init_(self, tokens: Tensor) -> Tensor:
         """Fill new prompt rows [P, D] in place: Xavier-uniform over (1, P, D), as M2PT has it."""

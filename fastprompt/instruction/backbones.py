@@ -1,0 +1,153 @@
+"""A vision transformer that takes tokens beside its own and gives back what became of them.
+
+The tokens go in where the backbone's embeddings end (position embeddings are on the image's tokens
+by then, and class prompts carry none) and before any norm in front of the blocks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastprompt import families, linear4bit
+
+ORDERS = ("cls-prompts-patches", "cls-patches-prompts")
+
+
+@dataclass(eq=False)
+class _Anatomy:
+    """What differs between libraries."""
+
+    width: int
+    entry: nn.Module  # the hidden states [B, N, D] with CLS first go into it, or come out of it
+    comes_out: bool
+    run: Callable[[Tensor], Tensor]  # pixels -> all hidden states after the last block
+    norm: Callable[[Tensor], Tensor]  # of what `run` gives
+
+
+class TokenBackbone(nn.Module):
+    """CLS and prompt outputs of a transformers, timm or open_clip vision transformer.
+
+    Args:
+        model: ViT, DINOv2 or CLIP's vision tower of transformers (also under a head), dense or
+            4-bit; a timm ``VisionTransformer``; an open_clip ``VisionTransformer`` or a CLIP model
+            that holds one. It wants a CLS token.
+        order: where prompts stand, one of ``ORDERS``. Attention without rotation does not see the
+            difference; position embeddings are added before.
+
+    Raises:
+        ValueError: another model, or one without CLS.
+    """
+
+    def __init__(self, model: nn.Module, order: str = ORDERS[0]):
+        super().__init__()
+        if order not in ORDERS:
+            raise ValueError(f"token_order: want one of {', '.join(ORDERS)}; got {order!r}")
+        anatomy = _anatomy(model)
+        linear4bit.adopt(model)  # bitsandbytes alone is wrong, and slow, on the CPU
+        self.model, self.order, self.width = model, order, anatomy.width
+        # not under a module's name: it holds parts of `model`
+        self.__dict__["_anatomy"] = anatomy
+        self.__dict__["_tokens"] = None
+        # bound methods and no closures: they follow the model through deepcopy and pickle
+        if anatomy.comes_out:
+            anatomy.entry.register_forward_hook(self._after_entry)
+        else:
+            anatomy.entry.register_forward_pre_hook(self._before_entry)
+
+    def forward(self, pixel_values: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """CLS [B, D] and the tokens' outputs [B, T, D], after the backbone's last norm.
+
+        pixel_values [B, 3, H, W]; tokens [B or 1, T, D], or None for the plain backbone.
+        """
+        anatomy = self._anatomy
+        self.__dict__["_tokens"] = tokens
+        try:
+            hidden = anatomy.run(pixel_values)
+        finally:
+            self.__dict__["_tokens"] = None
+        if tokens is None:
+            return anatomy.norm(hidden[:, 0]), None
+        T = tokens.shape[1]
+        first = 1 if self.order == ORDERS[0] else hidden.shape[1] - T
+        # CLS and prompts are all that is read, so nothing else is normalised
+        read = anatomy.norm(torch.cat([hidden[:, :1], hidden[:, first : first + T]], dim=1))
+        return read[:, 0], read[:, 1:]
+
+    def _after_entry(self, module: nn.Module, given: tuple, out: Tensor) -> Tensor:
+        return self._with_tokens(out)
+
+    def _before_entry(self, module: nn.Module, given: tuple) -> tuple:
+        return self._with_tokens(given[0]), *given[1:]
+
+    def _with_tokens(self, hidden: Tensor) -> Tensor:
+        if self._tokens is None:
+            return hidden
+        tokens = self._tokens.to(hidden.dtype).expand(len(hidden), -1, -1)
+        at = 1 if self.order == ORDERS[0] else hidden.shape[1]
+        return torch.cat([hidden[:, :at], tokens, hidden[:, at:]], dim=1)
+
+
+def _anatomy(model: nn.Module) -> _Anatomy:
+    if isinstance(model, PreTrainedModel):
+        return _of_transformers(model)
+    visual = getattr(model, "visual", model)
+    if hasattr(visual, "ln_pre") and hasattr(visual, "ln_post") and hasattr(visual, "transformer"):
+        return _of_open_clip(visual)
+    if hasattr(model, "norm_pre") and hasattr(model, "forward_features"):
+        return _of_timm(model)
+    raise ValueError(
+        f"backbone: want a ViT, DINOv2 or CLIP vision tower of transformers, a timm or an "
+        f"open_clip VisionTransformer; got {type(model).__name__}"
+    )
+
+
+def _of_transformers(model: PreTrainedModel) -> _Anatomy:
+    tower = families.anatomy(model).tower(families.VISION)
+    if tower is None or tower.family == "siglip":
+        what = "no vision tower" if tower is None else "SigLIP, which has no CLS token"
+        raise ValueError(f"backbone: want a vision model with a CLS token, got {what}")
+    inside = getattr(tower.model, "vision_model", tower.model)
+    # CLIP alone leaves the last norm to whoever pools
+    norm = getattr(inside, "post_layernorm", nn.Identity())
+    width = tower.model.config.hidden_size
+    return _Anatomy(width, tower.embeddings, True, _LastHiddenState(tower.model), norm)
+
+
+def _of_timm(model: nn.Module) -> _Anatomy:
+    if getattr(model, "cls_token", None) is None:
+        raise ValueError(f"backbone: want a CLS token, got {type(model).__name__} without one")
+    return _Anatomy(model.embed_dim, model.norm_pre, False, model.forward_features, nn.Identity())
+
+
+def _of_open_clip(visual: nn.Module) -> _Anatomy:
+    if getattr(visual, "attn_pool", None) is not None or not hasattr(visual, "class_embedding"):
+        raise ValueError("backbone: want open_clip's pooling by CLS, got another")
+    width = visual.class_embedding.shape[-1]
+    return _Anatomy(width, visual.ln_pre, False, _BeforePooling(visual), visual.ln_post)
+
+
+class _LastHiddenState:
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values=pixel_values).last_hidden_state
+
+
+class _BeforePooling:
+    """open_clip pools inside its forward; what its blocks gave is kept on the way."""
+
+    def __init__(self, visual: nn.Module):
+        self.visual, self.kept = visual, None
+        visual.transformer.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, given: tuple, out: Tensor) -> None:
+        self.kept = out
+
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        self.visual(pixel_values)
+        kept, self.kept = self.kept, None
+        return kept

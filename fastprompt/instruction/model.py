@@ -1,0 +1,323 @@
+"""Instruction-ViT (arXiv 2305.00201): class prompts are the tokens that instruct a backbone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from fastprompt import ops
+from fastprompt.instruction import saving
+from fastprompt.instruction.backbones import ORDERS, TokenBackbone
+from fastprompt.instruction.class_prompts import FEATURES, KINDS, ClassPrompts
+from fastprompt.instruction.encoders import Encoder
+from fastprompt.instruction.features import TEMPLATE
+from fastprompt.instruction.kept import kept_classes, kept_rows
+
+PREDICT = ("head", "cosine", "both")
+
+
+@dataclass
+class Prediction(ModelOutput):
+    """What a forward gives; B images, C classes, k of them kept (all C without selection).
+
+    Attributes:
+        loss: scalar, if labels were given.
+        logits: [B, C], those that ``predict`` names; -inf where a class cannot be predicted.
+        head_logits: [B, C]; None for a task without a head.
+        cosine_logits: [B, k]; None without prompts.
+        indices: [B, k], the classes kept; None if all are.
+        cls: [B, D] and prompts: [B, k, D], the backbone's outputs (a class's rows averaged).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    head_logits: Tensor | None = None
+    cosine_logits: Tensor | None = None
+    indices: Tensor | None = None
+    cls: Tensor | None = None
+    prompts: Tensor | None = None
+
+
+class InstructionViT(nn.Module):
+    """A vision backbone that reads the classes as tokens and is trained to align CLS with them.
+
+        loss = CE(head(CLS)) + alignment · CE(cosine(CLS, prompt outputs) / temperature)
+
+    What the paper leaves open is a parameter here, and its default a choice of ours: alignment,
+    temperature, token_order, the mean over a class's rows, templates beyond the first.
+
+    Args:
+        backbone: see `TokenBackbone`; frozen, dense or 4-bit.
+        encoder: makes class features from texts and images, and the scores that select.
+        kind: "text", "image" (mean of exemplar features), "mixed" (both, two rows a class), or
+            "none" (no prompts: the head alone, for comparison).
+        features: "trainable": rows start as the encoder's features and train; "frozen": the
+            projection alone trains; "encoder": gradients reach the text encoder.
+        templates: sentences with ``{class}``; several are averaged.
+        projection: a trainable linear map to the backbone's width; None: where widths differ.
+        alignment: weight of the aligning loss (the paper's lambda).
+        temperature: of the cosine logits.
+        token_order: one of `backbones.ORDERS`.
+        train_k: classes kept for each image in training: its own, train_k - 1 others, and the
+            mean of the rest; None: all.
+        train_others: "score" keeps those the encoder finds likeliest, "random" any.
+        top_k: classes kept for each image in evaluation, by the encoder's scores; None: all.
+        predict: which logits `forward` returns as ``logits``: "head", "cosine" (which serves
+            classes never trained as well), or "both" (the sum of their log-probabilities, over
+            the kept classes).
+        train_backbone: train all of the backbone too.
+
+    Raises:
+        ValueError: an option or a backbone that is not served.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        encoder: Encoder,
+        *,
+        kind: str = "text",
+        features: str = "trainable",
+        templates: Sequence[str] = (TEMPLATE,),
+        projection: bool | None = None,
+        alignment: float = 1.0,
+        temperature: float = 0.1,
+        token_order: str = ORDERS[0],
+        train_k: int | None = None,
+        train_others: str = "score",
+        top_k: int | None = None,
+        predict: str = "head",
+        train_backbone: bool = False,
+    ):
+        super().__init__()
+        _one_of("kind", kind, KINDS)
+        _one_of("features", features, FEATURES)
+        _one_of("predict", predict, PREDICT)
+        _one_of("train_others", train_others, ("score", "random"))
+        for name, k in (("train_k", train_k), ("top_k", top_k)):
+            if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+                raise ValueError(f"{name}: want a whole number of at least 1, or None; got {k!r}")
+        if not temperature > 0:
+            raise ValueError(f"temperature: want a number above 0, got {temperature!r}")
+        if kind == "none" and predict != "head":
+            raise ValueError(f"predict: want 'head' without prompts, got {predict!r}")
+        if features == "encoder" and kind not in ("text", "mixed"):
+            raise ValueError(f"features='encoder': want kind 'text' or 'mixed', got {kind!r}")
+        if isinstance(templates, str) or not templates:
+            raise ValueError(f"templates: want a list of sentences, got {templates!r}")
+
+        self.backbone = TokenBackbone(backbone, token_order).requires_grad_(train_backbone)
+        self.encoder = encoder.requires_grad_(False)
+        if features == "encoder":
+            for p in encoder.text_parameters():
+                p.requires_grad_(True)
+        width = self.backbone.width
+        wants = encoder.width != width if projection is None else projection
+        if not wants and encoder.width != width:
+            raise ValueError(f"projection: want one from {encoder.width} to {width}, got False")
+        self.projection = nn.Linear(encoder.width, width) if wants else nn.Identity()
+        self.kind, self.features, self.templates = kind, features, tuple(templates)
+        self.alignment, self.temperature = alignment, temperature
+        self.train_k, self.train_others, self.top_k, self.predict = (
+            train_k,
+            train_others,
+            top_k,
+            predict,
+        )
+        self.tasks, self.heads = nn.ModuleDict(), nn.ModuleDict()
+        self.__dict__["_kept_rows"] = None
+
+    # ---- the instruction ----
+
+    def set_classes(
+        self,
+        names: Sequence[str],
+        images: Sequence[Tensor] | None = None,
+        *,
+        task: str = "default",
+        head: bool | None = None,
+    ) -> None:
+        """Say what is to be told apart. Nothing is trained: a trained model serves new classes.
+
+        Args:
+            names: of the classes.
+            images: for each class its exemplars [n, 3, H, W] as the encoder wants them, or their
+                features [n, width]; wanted by kinds "image" and "mixed".
+            task: its name, for a model with several; its older classes are replaced.
+            head: give the task a head of its own, which must train (None: while the model is in
+                training mode). Without one it is predicted by cosine.
+
+        Raises:
+            ValueError: no or doubled names, missing exemplars, features that are not finite.
+        """
+        if not task or "." in task:
+            raise ValueError(f"task: want a name without a dot, got {task!r}")
+        options = dict(kind=self.kind, features=self.features, templates=self.templates)
+        prompts = ClassPrompts(self.encoder, names, images, **options)
+        like = next(self.backbone.parameters())
+        self.tasks[task] = prompts.to(like.device)
+        if self.training if head is None else head:
+            self.heads[task] = nn.Linear(self.backbone.width, len(names)).to(like.device)
+        elif task in self.heads:
+            del self.heads[task]
+
+    def classes(self, task: str = "default") -> list[str]:
+        """The names of a task's classes, in the order of its logits."""
+        return self._task(task).names
+
+    def save(self, folder: str | Path) -> Path:
+        """Write what trains, and the tasks with the encoder's features, to one safetensors file.
+
+        Returns the file's path; it appears whole or not at all. Backbone and encoder are not in
+        it, unless they train.
+        """
+        return saving.save(self, folder)
+
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote into a model of the same backbone, encoder, kind and features.
+
+        Tasks of other names stay. Raises a ValueError for another model, a missing or truncated
+        file; the model is then as it was.
+        """
+        saving.load(self, folder)
+
+    # ---- forward ----
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        *,
+        query: Tensor | None = None,
+        encoder_pixel_values: Tensor | None = None,
+        task: str = "default",
+        predict: str | None = None,
+    ) -> Prediction:
+        """Predict, and with labels the loss.
+
+        Args:
+            pixel_values: [B, 3, H, W] as the backbone wants them normalised.
+            labels: [B] int64, places in `classes`.
+            query: [B, width], the encoder's features of the images, if they are there already.
+            encoder_pixel_values: [B, 3, h, w] as the encoder wants them; pixel_values otherwise.
+                Encoded only where classes are selected and no query is given.
+            task, predict: as in `set_classes` and above.
+
+        Raises:
+            ValueError: an unknown task, labels out of range, or logits that the task lacks.
+        """
+        prompts, by = self._task(task), self.predict if predict is None else predict
+        _one_of("predict", by, PREDICT)
+        head = dict(self.heads).get(task)
+        if by != "cosine" and head is None:
+            raise ValueError(f"predict: want 'cosine' for {task!r}, which has no head; got {by!r}")
+        if by != "head" and self.kind == "none":
+            raise ValueError(f"predict: want 'head' without prompts, got {by!r}")
+        _check_labels(labels, len(pixel_values), len(prompts))
+
+        tokens, indices = self._tokens(prompts, labels, query, pixel_values, encoder_pixel_values)
+        cls, outputs = self.backbone(pixel_values, None if tokens is None else tokens.flatten(1, 2))
+        cls = cls.float()
+        out = Prediction(cls=cls, indices=indices)
+        if head is not None:
+            out.head_logits = head(cls)
+        if tokens is not None:
+            k = len(prompts) if indices is None else indices.shape[1]
+            out.prompts = outputs.unflatten(1, tokens.shape[1:3])[:, :k].float().mean(2)
+            out.cosine_logits = ops.cosine_logits(cls, out.prompts, 1 / self.temperature)
+        out.logits = _logits(out, by, len(prompts))
+        if labels is not None:
+            out.loss = self._loss(out, labels)
+        return out
+
+    def _tokens(self, prompts, labels, query, pixels, encoder_pixels):
+        """Tokens [B or 1, classes (and the rest), L, D] and the classes kept [B, k]."""
+        if self.kind == "none":
+            return None, None
+        rows, total = self._rows(prompts)
+        k = self.train_k if self.training else self.top_k
+        if k is None or k >= len(prompts):
+            return rows[None], None
+        if query is None and not (
+            self.training and labels is not None and self.train_others == "random"
+        ):
+            query = self._encode(pixels if encoder_pixels is None else encoder_pixels)
+        if self.training and labels is not None:
+            indices = kept_classes(query, prompts.keys, labels, k, self.train_others)
+            return kept_rows(rows, indices), indices
+        tokens, indices, _ = ops.select_prompts(query, prompts.keys, rows, k, total=total)
+        return tokens, indices
+
+    def _rows(self, prompts: ClassPrompts) -> tuple[Tensor, Tensor | None]:
+        """[C, L, D] in the backbone's width, and their sum where they stand still."""
+        if self.training or torch.is_grad_enabled():
+            return self.projection(prompts(self.encoder)), None
+        parts = [*prompts.parameters(), *prompts.buffers(), *self.projection.parameters()]
+        if prompts.live:
+            parts += self.encoder.text_parameters()
+        # so that the work of an evaluation does not grow with the classes beyond the selection
+        key = tuple((id(p), p.data_ptr(), p._version) for p in parts)
+        if self._kept_rows is None or self._kept_rows[0] != key:
+            with torch.inference_mode(False):
+                rows = self.projection(prompts(self.encoder)).contiguous()
+                self.__dict__["_kept_rows"] = (key, (rows, ops.sum_of(rows)))
+        return self._kept_rows[1]
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor) -> Tensor:
+        query = self.encoder.encode_images(pixels).float()
+        if not query.isfinite().all():
+            raise ValueError("query: want finite image features, the encoder gave NaN or infinity")
+        return query
+
+    def _loss(self, out: Prediction, labels: Tensor) -> Tensor:
+        loss = out.cls.new_zeros(())
+        if out.head_logits is not None:
+            loss = loss + F.cross_entropy(out.head_logits, labels)
+        if out.cosine_logits is None or not self.alignment:
+            return loss
+        if out.indices is not None:
+            # places among the kept; an image whose class was not kept has nothing to align with
+            match = out.indices == labels[:, None]
+            labels = torch.where(match.any(1), match.int().argmax(1), -100)
+        aligned = F.cross_entropy(out.cosine_logits, labels, reduction="sum")
+        return loss + self.alignment * aligned / (labels >= 0).sum().clamp(min=1)
+
+    def _task(self, task: str) -> ClassPrompts:
+        if task not in self.tasks:
+            has = ", ".join(map(repr, self.tasks)) or "none: set_classes first"
+            raise ValueError(f"task: want one of {has}; got {task!r}")
+        return self.tasks[task]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept_rows": None}
+
+
+def _logits(out: Prediction, by: str, classes: int) -> Tensor:
+    if by == "head":
+        return out.head_logits
+    cosine = out.cosine_logits
+    if out.indices is not None:
+        everywhere = cosine.new_full((len(cosine), classes), -torch.inf)
+        cosine = everywhere.scatter(1, out.indices, cosine)
+    return cosine if by == "cosine" else out.head_logits.log_softmax(-1) + cosine.log_softmax(-1)
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: want one of {', '.join(choices)}; got {value!r}")
+
+
+def _check_labels(labels: Tensor | None, B: int, C: int) -> None:
+    if labels is None:
+        return
+    if labels.shape != (B,) or labels.dtype != torch.int64:
+        raise ValueError(f"labels: want [{B}] int64, got {list(labels.shape)} {labels.dtype}")
+    if labels.device.type == "cpu" and B and not 0 <= int(labels.min()) <= int(labels.max()) < C:
+        raise ValueError(
+            f"labels: want 0 .. {C - 1}, got {int(labels.min())} .. {int(labels.max())}"
+        )

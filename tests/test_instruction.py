@@ -1,0 +1,532 @@
+"""`InstructionViT`: backbones, losses, selection, tasks, features, files."""
+
+import copy
+import importlib.util
+import math
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from encoders import OPEN_CLIP, SIDE, ToyEncoder, clip_folder, open_clip_files
+
+from fastprompt import families, methods, ops
+from fastprompt.instruction import (
+    FeatureCache,
+    InstructionViT,
+    OpenClipEncoder,
+    TransformersClipEncoder,
+)
+from fastprompt.instruction.backbones import ORDERS, TokenBackbone
+from fastprompt.instruction.features import image_features, text_features
+from fastprompt.instruction.kept import kept_classes, kept_rows
+
+NAMES = ["cat", "dog", "owl", "fox", "bee", "elk", "yak"]
+
+
+def timm_vit():
+    timm = pytest.importorskip("timm")
+    return timm.models.VisionTransformer(
+        img_size=SIDE, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
+    )
+
+
+def open_clip_visual():
+    return pytest.importorskip("open_clip").CLIP(**OPEN_CLIP)
+
+
+BACKBONES = {
+    "vit": tiny.vit,
+    "dinov2": tiny.dinov2,
+    "clip": tiny.clip_vision,
+    "timm": timm_vit,
+    "open_clip": open_clip_visual,
+}
+
+
+def images(n=4, seed=1, dtype=torch.float32):
+    return torch.randn(n, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def exemplars(classes=7):
+    return [images(2 + i % 2, seed=100 + i) for i in range(classes)]
+
+
+def build(backbone=tiny.vit, classes=NAMES, encoder=None, images=None, **options):
+    torch.manual_seed(0)
+    model = InstructionViT(backbone(), encoder or ToyEncoder(), **options)
+    wanted = options.get("kind") in ("image", "mixed")
+    model.set_classes(classes, exemplars(len(classes)) if wanted and images is None else images)
+    return model
+
+
+# ---- backbones ----
+
+
+def literally(name, model, pixels, tokens, order):
+    """Every block by hand over the sequence with the tokens written into it."""
+    if name in ("vit", "dinov2", "clip"):
+        inside = getattr(model.base_model, "vision_model", model.base_model)
+        hidden = inside.embeddings(pixels)
+        before = getattr(inside, "pre_layrnorm", torch.nn.Identity())
+        blocks = [block.layer for block in families.anatomy(model).tower("vision").blocks]
+        after = getattr(inside, "post_layernorm", None) or inside.layernorm
+    elif name == "timm":
+        hidden = model._pos_embed(model.patch_embed(pixels))
+        before, blocks, after = model.norm_pre, model.blocks, model.norm
+    else:
+        inside = model.visual
+        patches = inside.conv1(pixels).flatten(2).transpose(1, 2)
+        first = inside.class_embedding.expand(len(pixels), 1, -1)
+        hidden = torch.cat([first, patches], 1) + inside.positional_embedding
+        before, blocks, after = inside.ln_pre, inside.transformer.resblocks, inside.ln_post
+    at = 1 if order == ORDERS[0] else hidden.shape[1]
+    many = tokens.expand(len(pixels), -1, -1)
+    hidden = before(torch.cat([hidden[:, :at], many, hidden[:, at:]], 1))
+    for block in blocks:
+        hidden = block(hidden, None) if name == "clip" else block(hidden)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    hidden = after(hidden)
+    return hidden[:, 0], hidden[:, at : at + tokens.shape[1]]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_tokens_are_what_writing_them_into_the_sequence_gives(name, order):
+    torch.manual_seed(0)
+    model = BACKBONES[name]().double().eval()
+    pixels, tokens = images(3, dtype=torch.float64), torch.randn(1, 5, 32, dtype=torch.float64)
+    tokens.requires_grad_()
+    want = literally(name, model, pixels, tokens, order)
+    (true_grad,) = torch.autograd.grad(want[0].square().sum() + want[1].sum(), tokens)
+    backbone = TokenBackbone(model, order)
+    got = backbone(pixels, tokens)
+    (grad,) = torch.autograd.grad(got[0].square().sum() + got[1].sum(), tokens)
+    for a, b in ((got[0], want[0]), (got[1], want[1]), (grad, true_grad)):
+        assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+    # without tokens, the model as it is; and a copy runs on its own parts
+    plain, nothing = backbone(pixels, None)
+    assert nothing is None
+    bare, _ = literally(name, model, pixels, tokens[:, :0], order)
+    assert (plain - bare).abs().max() < 1e-12
+    copied = copy.deepcopy(backbone)
+    with torch.no_grad():
+        for p in backbone.parameters():
+            p.zero_()
+    again = copied(pixels, tokens)
+    assert all((a == b).all() for a, b in zip(again, got, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [tiny.siglip_vision, tiny.llama, lambda: torch.nn.Linear(3, 4)])
+def test_backbones_without_cls_are_refused(wrong):
+    with pytest.raises(ValueError, match="want a"):
+        TokenBackbone(wrong())
+
+
+# ---- losses and what trains ----
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "mixed"])
+def test_the_loss_is_the_papers(kind):
+    model = build(kind=kind, alignment=0.7, temperature=0.2).eval()
+    pixels, labels = images(), torch.tensor([0, 6, 3, 3])
+    out = model(pixels, labels)
+    rows = model.projection(model.tasks["default"].rows)
+    cls, outputs = model.backbone(pixels, rows.flatten(0, 1)[None])
+    outputs = outputs.view(4, len(NAMES), -1, 32).mean(2)
+    cosine = F.cosine_similarity(cls[:, None], outputs, dim=-1) / 0.2
+    head = model.heads["default"](cls)
+    want = F.cross_entropy(head, labels) + 0.7 * F.cross_entropy(cosine, labels)
+    assert torch.allclose(out.loss, want, atol=1e-6) and torch.allclose(out.logits, head)
+    assert torch.allclose(out.cosine_logits, cosine, atol=1e-5)
+    assert torch.allclose(model(pixels, predict="cosine").logits, cosine, atol=1e-5)
+    both = head.log_softmax(-1) + cosine.log_softmax(-1)
+    assert torch.allclose(model(pixels, predict="both").logits, both, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("features", "trains"),
+    [
+        ("trainable", {"projection", "tasks", "heads"}),
+        ("frozen", {"projection", "heads"}),
+        ("encoder", {"projection", "heads", "encoder.text"}),
+    ],
+)
+def test_what_trains(features, trains):
+    model = build(kind="text", features=features)
+    model(images(), torch.tensor([0, 1, 2, 3])).loss.backward()
+    got = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {n for n in got if not n.startswith(tuple(trains))} == set()
+    assert all(any(n.startswith(part) for n in got) for part in trains)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == got
+    whole = build(kind="text", features=features, train_backbone=True)
+    whole(images(), torch.tensor([0, 1, 2, 3])).loss.backward()
+    assert all(p.grad is not None for p in whole.backbone.model.vit.layers[0].parameters())
+
+
+def test_an_encoder_that_trains_is_read_at_every_forward():
+    model = build(features="encoder").eval()
+    with torch.no_grad():
+        before = model(images()).logits
+        model.encoder.text.weight += torch.randn_like(model.encoder.text.weight)
+        after = model(images()).logits
+    assert not torch.allclose(before, after)
+
+
+def test_no_prompts_at_all():
+    model = build(kind="none")
+    out = model(images(), torch.tensor([0, 1, 2, 3]))
+    assert out.cosine_logits is None and out.logits.shape == (4, 7)
+    out.loss.backward()
+    got = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert got == {"heads.default.weight", "heads.default.bias"}
+    with pytest.raises(ValueError, match="predict: want 'head' without prompts"):
+        model(images(), predict="cosine")
+
+
+# ---- selection ----
+
+
+def test_validation_sees_the_chosen_and_the_mean_of_the_rest():
+    model = build(kind="mixed", top_k=3).eval()
+    pixels = images(5)
+    with torch.no_grad():
+        out = model(pixels)
+        query = model.encoder.encode_images(pixels)
+        rows = model.projection(model.tasks["default"].rows)
+        keys = model.tasks["default"].keys
+        order = F.cosine_similarity(query[:, None], keys, dim=-1).argsort(descending=True)[:, :3]
+        assert (out.indices == order).all()
+        for i in range(5):  # each alone, with its own tokens
+            others = [c for c in range(7) if c not in order[i].tolist()]
+            tokens = torch.cat([rows[order[i]], rows[others].mean(0, keepdim=True)])
+            cls, outputs = model.backbone(pixels[i : i + 1], tokens.flatten(0, 1)[None])
+            assert torch.allclose(out.cls[i], cls[0], atol=1e-5)
+            want = outputs.view(4, 2, 32)[:3].mean(1)
+            assert torch.allclose(out.prompts[i], want, atol=1e-5)
+        by_cosine = model(pixels, predict="cosine").logits
+        kept = torch.zeros(5, 7, dtype=torch.bool).scatter(1, order, True)
+        assert (by_cosine.isfinite() == kept).all()
+        given = model(pixels, query=query)
+        assert torch.equal(given.logits, out.logits)
+
+
+def test_all_is_what_selecting_all_gives():
+    model = build(kind="text").eval()
+    whole = model(images())
+    model.top_k = 7
+    assert torch.equal(model(images()).logits, whole.logits)
+    model.top_k = 50  # a task may have fewer classes than are asked for
+    assert torch.equal(model(images()).logits, whole.logits)
+
+
+def test_evaluation_projects_the_classes_once():
+    model = build(kind="text", top_k=2).eval()
+    calls = []
+    model.projection.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        first = model(images()).logits
+        model(images())
+        assert len(calls) == 1
+        model.projection.weight.mul_(2)  # counted as a new version
+        assert not torch.equal(model(images()).logits, first) and len(calls) == 2
+    with torch.inference_mode():
+        model(images())
+    assert model(images()).logits.requires_grad and len(calls) == 3
+
+
+@pytest.mark.parametrize("others", ["score", "random"])
+def test_training_keeps_the_true_class(others):
+    torch.manual_seed(0)
+    query, keys, labels = torch.randn(40, 8), torch.randn(9, 8), torch.randint(9, (40,))
+    kept = kept_classes(query, keys, labels, 4, others)
+    assert (kept == labels[:, None]).any(1).all()
+    assert (kept.sort().values.diff() > 0).all()
+    if others == "score":
+        best = F.cosine_similarity(query[:, None], keys, dim=-1).topk(4).indices
+        same = (best == labels[:, None]).any(1)
+        assert (kept[same] == best[same]).all() and (kept[~same, :3] == best[~same, :3]).all()
+    else:
+        assert len({tuple(row.sort().values.tolist()) for row in kept}) > 10
+
+
+def test_rows_kept_have_the_gradient_of_a_plain_gather():
+    rows = torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True)
+    indices = torch.tensor([[0, 5], [5, 2], [5, 0]])
+    got = kept_rows(rows, indices)
+    for b, own in enumerate(indices.tolist()):
+        rest = rows[[c for c in range(6) if c not in own]].mean(0)
+        assert torch.allclose(got[b], torch.cat([rows[own], rest[None]]), atol=1e-12)
+    assert torch.autograd.gradcheck(lambda r: kept_rows(r, indices), rows)
+
+
+@pytest.mark.parametrize("others", ["score", "random"])
+def test_training_on_some_classes(others):
+    model = build(kind="mixed", train_k=3, train_others=others, alignment=2.0)
+    labels = torch.tensor([0, 6, 3, 3])
+    out = model(images(), labels)
+    place = (out.indices == labels[:, None]).int().argmax(1)
+    want = F.cross_entropy(out.head_logits, labels) + 2 * F.cross_entropy(out.cosine_logits, place)
+    assert torch.allclose(out.loss, want) and out.cosine_logits.shape == (4, 3)
+    out.loss.backward()
+    assert model.tasks["default"].rows.grad.abs().sum((1, 2)).all()  # the rest has its mean's share
+    assert model.encoder.calls == (7 if others == "random" else 8)  # exemplars; the query once
+
+
+def test_a_class_that_was_not_kept_has_nothing_to_align_with():
+    model = build(kind="text", top_k=2).eval()
+    out = model(images(), torch.tensor([0, 1, 2, 3]))
+    hit = (out.indices == torch.arange(4)[:, None]).any(1)
+    assert not hit.all()
+    model.top_k = 1
+    absent = torch.tensor([(int(i) + 1) % 7 for i in model(images()).indices[:, 0]])
+    out = model(images(), absent)
+    assert torch.allclose(out.loss, F.cross_entropy(out.head_logits, absent))
+
+
+# ---- tasks ----
+
+
+def test_new_classes_without_training():
+    model = build(kind="mixed").eval()
+    before = {n: p.clone() for n, p in model.projection.named_parameters()}
+    model.set_classes(["red", "blue"], exemplars(2), task="colours")
+    assert model.classes("colours") == ["red", "blue"] and model.classes() == NAMES
+    logits = model(images(), task="colours", predict="cosine").logits
+    assert logits.shape == (4, 2)
+    with pytest.raises(ValueError, match="predict: want 'cosine' for 'colours', which has no head"):
+        model(images(), task="colours")
+    assert all((before[n] == p).all() for n, p in model.projection.named_parameters())
+    model.set_classes(["ant", "ape"], exemplars(2))
+    assert model.classes() == ["ant", "ape"] and "default" not in model.heads
+
+
+def test_one_model_on_two_data_sets():
+    model = build(kind="text")
+    model.set_classes(["red", "blue"], task="colours")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    first = None
+    for _ in range(12):
+        loss = model(images(), torch.tensor([0, 6, 3, 2])).loss
+        loss = loss + model(images(seed=2), torch.tensor([0, 1, 1, 0]), task="colours").loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        first = first or loss.item()
+    assert loss.item() < 0.8 * first
+
+
+# ---- 4-bit, Trainer, files ----
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes")
+def test_a_4bit_backbone(tmp_path):
+    import transformers as tf
+
+    tiny.vit().save_pretrained(tmp_path)
+    config = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    low = tf.ViTForImageClassification.from_pretrained(tmp_path, quantization_config=config)
+    model = InstructionViT(low, ToyEncoder(), kind="text")
+    model.set_classes(NAMES)
+    model.eval()
+    with torch.no_grad():
+        first = model(images()).logits
+    model.train()
+    loss = model(images(), torch.tensor([0, 1, 2, 3])).loss
+    loss.backward()
+    assert model.tasks["default"].rows.grad.isfinite().all()
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(images()).logits, first)
+
+
+def test_trainer_needs_nothing_else(tmp_path):
+    import transformers as tf
+
+    model = build(kind="text", train_k=3, top_k=3)
+    data = [dict(pixel_values=p, labels=i % 7) for i, p in enumerate(images(14))]
+    arguments = tf.TrainingArguments(
+        tmp_path, max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        save_strategy="no", learning_rate=1e-3,
+    )  # fmt: skip
+    before = model.tasks["default"].rows.detach().clone()
+    trainer = tf.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert not torch.equal(before, model.tasks["default"].rows)
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("features", ["trainable", "frozen", "encoder"])
+def test_save_and_load(features, tmp_path):
+    model = build(kind="mixed", features=features)
+    model.set_classes(["red", "blue"], exemplars(2), task="colours", head=False)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += torch.randn_like(p) * 0.1
+    model.eval()
+    model.save(tmp_path)
+    fresh = build(kind="mixed", features=features, classes=["x", "y", "z"])
+    fresh.load(tmp_path)
+    fresh.eval()
+    assert fresh.classes() == NAMES and fresh.classes("colours") == ["red", "blue"]
+    assert torch.equal(fresh(images()).logits, model(images()).logits)
+    new = dict(task="colours", predict="cosine")
+    assert torch.equal(fresh(images(), **new).logits, model(images(), **new).logits)
+    other = build(kind="text", features=features, classes=["x", "y", "z"])
+    with pytest.raises(ValueError, match="kind: want 'mixed', got a model with 'text'"):
+        other.load(tmp_path)
+    assert other.classes() == ["x", "y", "z"]
+    file = tmp_path / "instruction.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="want a whole safetensors file"):
+        fresh.load(tmp_path)
+    assert torch.equal(fresh(images()).logits, model(images()).logits)
+
+
+def test_another_encoder_is_noticed(tmp_path):
+    build(kind="text").save(tmp_path)
+    torch.manual_seed(9)
+    with pytest.raises(ValueError, match="encoder: want"):
+        InstructionViT(tiny.vit(), ToyEncoder()).load(tmp_path)
+
+
+# ---- encoders and features ----
+
+
+def test_clip_of_transformers_from_files(tmp_path):
+    import transformers as tf
+
+    clip_folder(tmp_path)
+    tokens = tf.AutoTokenizer.from_pretrained(tmp_path)
+    encoder = TransformersClipEncoder(tf.CLIPModel.from_pretrained(tmp_path), tokens)
+    names = ["cat", "dog"]
+    got = text_features(encoder, names, ["a photo of a {class}.", "the {class}"])
+    assert got.shape == (2, 24) and torch.allclose(got.norm(dim=1), torch.ones(2), atol=1e-6)
+    both = tokens(["a photo of a cat.", "the cat"], padding=True, return_tensors="pt")
+    pooled = encoder.model.text_model(**both).pooler_output
+    want = F.normalize(encoder.model.text_projection(pooled), dim=-1).mean(0)
+    assert torch.allclose(got[0], F.normalize(want, dim=-1), atol=1e-5)
+    assert image_features(encoder, [images(2), images(3)], names).shape == (2, 24)
+    model = build(encoder=encoder, classes=names, kind="mixed", features="encoder")
+    model(images(), torch.tensor([0, 1, 1, 0])).loss.backward()
+    assert all(p.grad is not None for p in encoder.model.text_projection.parameters())
+
+
+def test_clip_of_open_clip_from_files(tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    config, weights = open_clip_files(tmp_path)
+    open_clip.add_model_config(config)
+    model = open_clip.create_model("tiny-clip", pretrained=str(weights))
+    encoder = OpenClipEncoder(model, lambda texts: open_clip.tokenize(texts, context_length=16))
+    assert encoder.width == 24 and encoder.encode_images(images(2)).shape == (2, 24)
+    both = build(lambda: open_clip.create_model("tiny-clip"), encoder=encoder, top_k=3)
+    out = both.eval()(images())
+    assert out.logits.shape == (4, 7) and out.indices.shape == (4, 3)
+    trains = build(encoder=encoder, features="encoder")
+    trains(images(), torch.tensor([0, 1, 2, 3])).loss.backward()
+    assert encoder.model.token_embedding.weight.grad.any()
+    assert all(p.grad is None for p in encoder.model.visual.parameters())
+
+
+def test_features_on_disk(tmp_path):
+    encoder, decoded = ToyEncoder(), []
+
+    def read(file):
+        decoded.append(file.name)
+        if b"bad" in file.read_bytes():
+            raise OSError("cannot identify image file")
+        return images(1, seed=int(file.read_bytes()))[0]
+
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, file in enumerate(files):
+        file.write_bytes(str(i % 4).encode())  # the last is a copy of the first
+    cache = FeatureCache(tmp_path / "cache", encoder, read, "v1")
+    rows, places = cache.features(files)
+    assert places == [0, 1, 2, 3, 4] and len(decoded) == 4 and torch.equal(rows[0], rows[4])
+    with torch.no_grad():
+        assert torch.allclose(rows[1], encoder.encode_images(images(1, seed=1))[0], atol=1e-5)
+    again = FeatureCache(tmp_path / "cache", encoder, read, "v1")
+    assert torch.equal(again.features(files)[0], rows) and len(decoded) == 4
+    FeatureCache(tmp_path / "cache", encoder, read, "v2").features(files[:1])
+    assert len(decoded) == 5
+    other = copy.deepcopy(encoder)
+    other.__dict__.pop("fingerprint")
+    with torch.no_grad():
+        other.image.bias += 1
+    FeatureCache(tmp_path / "cache", other, read, "v1").features(files[:1])
+    assert len(decoded) == 6
+
+    (tmp_path / "broken.png").write_bytes(b"bad")
+    (tmp_path / "new.png").write_bytes(b"77")
+    mixed = [tmp_path / "new.png", tmp_path / "broken.png", files[2]]
+    with pytest.warns(UserWarning, match=r"broken.png was skipped"):
+        rows, places = cache.features(mixed, bad="skip")
+    assert places == [0, 2]
+    with pytest.raises(ValueError, match=r"broken.png: want an image that can be decoded"):
+        cache.features(mixed)
+
+
+# ---- refusals ----
+
+REFUSED = {
+    "kind": (dict(kind="texts"), "kind: want one of text, image, mixed, none; got 'texts'"),
+    "features": (dict(features="all"), "features: want one of"),
+    "predict": (dict(predict="cls"), "predict: want one of head, cosine, both"),
+    "top_k": (dict(top_k=0), "top_k: want a whole number of at least 1"),
+    "train_k": (dict(train_k=2.5), "train_k: want a whole number"),
+    "temperature": (dict(temperature=0), "temperature: want a number above 0, got 0"),
+    "order": (dict(token_order="last"), "token_order: want one of"),
+    "projection": (dict(projection=False), "projection: want one from 24 to 32"),
+    "templates": (dict(templates="a {class}"), "templates: want a list"),
+    "a template without a class": (dict(templates=["a thing"]), "templates: want '{class}'"),
+    "encoder for images": (dict(kind="image", features="encoder"), "features='encoder': want kind"),
+    "none by cosine": (dict(kind="none", predict="cosine"), "predict: want 'head' without prompts"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_refused_classes():
+    model = InstructionViT(tiny.vit(), ToyEncoder(), kind="mixed")
+    given = exemplars(2)
+    for names, own, message in (
+        ([], [], "names: want a list of class names"),
+        ("cat", given, "names: want a list of class names"),
+        (["cat", "cat"], given, "every class once, got 'cat' twice"),
+        (["cat", " "], given, "a text for every class, got ' '"),
+        (["cat", "dog"], None, "images: want exemplars of every class for kind='mixed'"),
+        (["cat", "dog"], given[:1], "images: want exemplars of 2 classes, got 1"),
+        (["cat", "dog"], [given[0], given[1][:0]], r"images of 'dog': want \[n, 3, H, W\]"),
+        (["cat", "dog"], [given[0], torch.ones(2, 23)], "images of 'dog': want width 24, got 23"),
+        (["cat", "dog"], [given[0], given[1] * torch.nan], "got NaN or infinity for 'dog'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.set_classes(names, own)
+        assert not model.tasks
+    with torch.no_grad():
+        model.encoder.text.weight[ord("d")] = torch.nan
+    with pytest.raises(ValueError, match=r"text features: want finite numbers.*'dog'"):
+        model.set_classes(["ant", "dog"], given)
+
+
+def test_refused_batches():
+    model = build(kind="text", top_k=2).eval()
+    with pytest.raises(ValueError, match="task: want one of 'default'; got 'other'"):
+        model(images(), task="other")
+    with pytest.raises(ValueError, match=r"labels: want 0 .. 6, got 0 .. 7"):
+        model(images(), torch.tensor([0, 1, 2, 7]))
+    with pytest.raises(ValueError, match=r"labels: want \[4\] int64"):
+        model(images(), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="query: want finite image features"):
+        model(images() * torch.nan)
+    with pytest.raises(ValueError, match="set_classes first"):
+        InstructionViT(tiny.vit(), ToyEncoder())(images())
+
+
+def test_it_is_a_method():
+    assert methods.InstructionViT is InstructionViT and ops.cosine_logits
