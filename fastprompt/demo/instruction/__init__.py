@@ -1,0 +1,1 @@
+"""Instruction-ViT on real images: ``python -m fastprompt.demo instruction-vit``."""

@@ -1,0 +1,126 @@
+"""Training and testing of the demo's models, and the baselines that need no backbone step."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from fastprompt.instruction import InstructionViT
+
+Batch = tuple[Tensor, Tensor, Tensor | None]  # pixels, labels, the encoder's features
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW with warm-up and cosine decay; rows of class prompts and the rest apart."""
+
+    steps: int = 150
+    batch: int = 32
+    lr: float = 2e-2  # projection and head
+    prompt_lr: float = 5e-3
+    weight_decay: float = 1e-2
+
+
+@dataclass
+class History:
+    """Of one training."""
+
+    losses: list[float] = field(default_factory=list)
+    accuracy: dict[int, float] = field(default_factory=dict)  # by step
+    seconds: float = 0.0  # without watching
+
+
+def train(
+    model: nn.Module,
+    batch: Callable[[int], Batch],
+    recipe: Recipe,
+    watch: Callable[[], float] | None = None,
+    watched: tuple[int, ...] = (),
+    **options: object,
+) -> History:
+    """Train whatever of the model wants gradients; ``watch`` is asked at the steps ``watched``."""
+    history, rows = History(), {id(p) for n, p in model.named_parameters() if n.endswith(PROMPTS)}
+    free = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        dict(params=[p for p in free if id(p) in rows], lr=recipe.prompt_lr, weight_decay=0.0),
+        dict(params=[p for p in free if id(p) not in rows], lr=recipe.lr),
+    ]
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], weight_decay=recipe.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=max(recipe.steps, 2),
+        pct_start=0.1, cycle_momentum=False,
+    )  # fmt: skip
+    for step in range(recipe.steps + 1):
+        if watch and step in watched:
+            history.accuracy[step] = watch()
+            model.train()
+        if step == recipe.steps:
+            break
+        pixels, labels, query = batch(step)
+        started = time.perf_counter()
+        loss = model(pixels, labels, query=query, **options).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        history.losses.append(loss.item())
+        history.seconds += time.perf_counter() - started
+    return history
+
+
+PROMPTS = (".rows", "fastprompt.tokens")
+
+
+@torch.no_grad()
+def logits(
+    model: InstructionViT,
+    pixels: Tensor,
+    query: Tensor | None,
+    *,
+    size: int = 64,
+    **options: object,
+) -> tuple[Tensor, float]:
+    """[n, C] in evaluation mode, and seconds an image."""
+    was, parts, started = model.training, [], time.perf_counter()
+    model.eval()
+    for at in range(0, len(pixels), size):
+        own = None if query is None else query[at : at + size]
+        parts.append(model(pixels[at : at + size], query=own, **options).logits)
+    model.train(was)
+    return torch.cat(parts), (time.perf_counter() - started) / max(1, len(pixels))
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    return (scores.argmax(1) == labels).float().mean().item()
+
+
+def linear_probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
+    """Logits [n, classes] of a logistic regression on frozen features, trained to its end."""
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    head = nn.Linear(train.shape[1], classes)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    x = (train - mean) / std
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(x), labels) + 1e-3 * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return head((test - mean) / std)
+
+
+def nearest_prototype(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
+    """Cosine [n, classes] to the mean unit feature of each class."""
+    mean = train.mean(0)
+    train, test = (normalize(x - mean, dim=1) for x in (train, test))
+    prototypes = torch.stack([train[labels == c].mean(0) for c in range(classes)])
+    return test @ normalize(prototypes, dim=1).mT

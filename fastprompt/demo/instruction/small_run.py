@@ -1,0 +1,147 @@
+"""Do class prompts help, and is it their content? Ten classes, few images, several seeds."""
+
+from collections.abc import Callable
+from statistics import mean, stdev
+
+import torch
+from torch import Tensor
+
+from fastprompt.demo.instruction import learning, models, small
+from fastprompt.demo.instruction.encoder import DualEncoder
+from fastprompt.demo.instruction.learning import Recipe, accuracy
+from fastprompt.demo.instruction.pixels import normalised
+from fastprompt.instruction import InstructionViT
+
+SHOTS = 16  # exemplars a class
+WATCHED = (0, 10, 30, 100, 300, 1000)
+
+
+class Bench:
+    """The data set with everything that frozen models make of it, once."""
+
+    def __init__(self, encoder: DualEncoder, train: int, test: int, cache: str | None):
+        self.encoder, self.cache = encoder, cache
+        self.data = small.load(train, test)
+        self.train_pixels = normalised(self.data.train.images)
+        self.test_pixels = normalised(self.data.test.images)
+        self.seen = encoder.seen(self.train_pixels), encoder.seen(self.test_pixels)
+        self.classes = len(self.data.names)
+
+    def shots(self, count: int) -> list[Tensor]:
+        """For each class the places of its first ``count`` training images."""
+        labels = self.data.train.labels
+        return [(labels == c).nonzero().flatten()[:count] for c in range(self.classes)]
+
+    def baselines(self, places: Tensor | None = None) -> dict[str, float]:
+        """Linear probe and nearest prototype, of all training images or those at ``places``."""
+        x, labels = self.seen[0], self.data.train.labels
+        if places is not None:
+            x, labels = x[places], labels[places]
+        cls = x.shape[1] // 2  # what was seen is CLS, then the mean patch; heads read CLS
+        ways = {
+            "linear probe": (learning.linear_probe, cls),
+            "linear probe, patches too": (learning.linear_probe, 2 * cls),
+            "nearest prototype": (learning.nearest_prototype, cls),
+        }
+        found = {}
+        for name, (way, width) in ways.items():
+            got = way(x[:, :width], labels, self.seen[1][:, :width], self.classes)
+            found[name] = accuracy(got, self.data.test.labels)
+        return found
+
+    def run(
+        self,
+        kind: str,
+        recipe: Recipe,
+        seed: int,
+        *,
+        places: Tensor | None = None,
+        watched: tuple[int, ...] = (),
+        watch_images: int = 500,
+        **options: object,
+    ) -> tuple[torch.nn.Module, learning.History, float]:
+        """A model of the kind, trained and tested: (model, history, accuracy)."""
+        torch.manual_seed(seed)
+        shots = SHOTS if places is None else max(1, len(places) // self.classes)
+        exemplars = [self.encoder.mapped(self.seen[0][own]) for own in self.shots(shots)]
+        names, template = self.data.names, self.data.template
+        model = models.build(kind, self.encoder, names, exemplars, template, self.cache, **options)
+        among = torch.arange(len(self.train_pixels)) if places is None else places
+        generator = torch.Generator().manual_seed(seed)
+        query = self.encoder.mapped(self.seen[0])
+
+        def batch(step: int) -> learning.Batch:
+            drawn = torch.randint(len(among), (recipe.batch,), generator=generator)
+            chosen = among[drawn]
+            return self.train_pixels[chosen], self.data.train.labels[chosen], query[chosen]
+
+        def score(count: int) -> float:
+            got, _ = learning.logits(model, self.test_pixels[:count], None)
+            return accuracy(got, self.data.test.labels[:count])
+
+        model.train()
+        history = learning.train(model, batch, recipe, lambda: score(watch_images), watched)
+        return model, history, score(len(self.test_pixels))
+
+    def similarity(self, model: InstructionViT) -> list[list[float]]:
+        """Mean cosine of CLS, for the test images of each class, to each prompt's output."""
+        cosine, _ = learning.logits(model, self.test_pixels, None, predict="cosine")
+        rows = [cosine[self.data.test.labels == c].mean(0) for c in range(self.classes)]
+        return (torch.stack(rows) * model.temperature).tolist()
+
+
+def kinds(bench: Bench, recipe: Recipe, seeds: int, say: Callable[[str], None]) -> dict:
+    """Accuracy of every kind, mean and standard deviation over seeds, and the baselines."""
+    scores: dict[str, list[float]] = {}
+    seconds: dict[str, float] = {}
+    for kind in models.KINDS:
+        for seed in range(seeds):
+            model, history, got = bench.run(kind, recipe, seed)
+            if kind == "mixed" and seed == 0:
+                similarity = bench.similarity(model)
+            scores.setdefault(kind, []).append(got)
+            seconds[kind] = history.seconds / recipe.steps
+        say(
+            f"{bench.data.name}, {kind}: {_text(scores[kind])}, {seconds[kind] * 1e3:.0f} ms a step"
+        )
+    rows = {
+        kind: dict(mean=mean(s), sd=stdev(s) if seeds > 1 else 0.0, all=s)
+        for kind, s in scores.items()
+    }
+    for name, got in bench.baselines().items():
+        rows[name] = dict(mean=got, sd=0.0, all=[got])
+        say(f"{bench.data.name}, {name}: {got:.3f}")
+    return dict(
+        data=bench.data.name, names=bench.data.names, scores=rows, step_seconds=seconds,
+        similarity=similarity,
+    )  # fmt: skip
+
+
+def adapting(
+    bench: Bench, recipe: Recipe, shots: tuple[int, ...], say: Callable[[str], None]
+) -> dict:
+    """Learning curves, steps to 95% of the linear probe, and accuracy from a few shots a class."""
+    probe = bench.baselines()["linear probe"]
+    curves, reached = {}, {}
+    for kind in ("none", "text", "mixed", "VPT"):
+        watched = tuple(step for step in WATCHED if step <= recipe.steps)
+        _, history, got = bench.run(kind, recipe, 0, watched=watched)
+        curve = history.accuracy | {recipe.steps: got}
+        enough = [step for step, value in curve.items() if value >= 0.95 * probe]
+        curves[kind], reached[kind] = curve, min(enough, default=None)
+        say(f"{kind}: " + ", ".join(f"{step} steps {value:.3f}" for step, value in curve.items()))
+    few = Recipe(steps=min(60, recipe.steps), batch=recipe.batch)
+    from_few: dict[str, dict[int, float]] = {}
+    for count in shots:
+        places = torch.cat(bench.shots(count))
+        from_few.setdefault("linear probe", {})[count] = bench.baselines(places)["linear probe"]
+        for kind in ("none", "text", "mixed"):
+            _, _, got = bench.run(kind, few, 0, places=places)
+            from_few.setdefault(kind, {})[count] = got
+        say(f"{count} a class: " + ", ".join(f"{k} {v[count]:.3f}" for k, v in from_few.items()))
+    return dict(probe=probe, curves=curves, steps_to_95_percent_of_probe=reached, shots=from_few)
+
+
+def _text(scores: list[float]) -> str:
+    sd = f" ± {stdev(scores):.3f}" if len(scores) > 1 else ""
+    return f"{mean(scores):.3f}{sd}"
