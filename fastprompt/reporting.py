@@ -12,6 +12,7 @@ from torch import nn
 from fastprompt import native
 from fastprompt.ops import vendors
 from fastprompt.ops.prompt_attention import chosen_backend
+from fastprompt.ops.select_prompts import chosen_backend as selection_backend
 
 if TYPE_CHECKING:
     from fastprompt.patching import Patch
@@ -71,11 +72,14 @@ def machine() -> str:
     for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
         like = torch.empty(0, device=device)
         name = "" if device == "cpu" else f" ({torch.cuda.get_device_name(device)})"
-        lines.append(f"{device}{name}: attention backend {chosen_backend(like)}")
+        selection = selection_backend(like, k=1)
+        lines.append(
+            f"{device}{name}: attention backend {chosen_backend(like)}, selection {selection}"
+        )
     has = "installed" if vendors.has_xformers() else "not installed"
     lines.append(f"xformers: {has} (backend='xformers')")
     active = native.isa() if native.available() else f"missing, {native.why_missing()}"
-    lines.append(f"compiled part (attention and 4-bit weights on the CPU): {active}")
+    lines.append(f"compiled part (attention, selection, 4-bit weights on the CPU): {active}")
     return "\n".join(lines)
 
 

@@ -109,6 +109,8 @@ def test_tokens_are_what_writing_them_into_the_sequence_gives(name, order):
     assert nothing is None
     bare, _ = literally(name, model, pixels, tokens[:, :0], order)
     assert (plain - bare).abs().max() < 1e-12
+    hooks = [m._forward_hooks or m._forward_pre_hooks for m in backbone.modules()]
+    assert not any(hooks)  # nothing stays on the caller's model
     copied = copy.deepcopy(backbone)
     with torch.no_grad():
         for p in backbone.parameters():

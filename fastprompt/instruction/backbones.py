@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from fastprompt import families, linear4bit
@@ -25,6 +26,7 @@ class _Anatomy:
     comes_out: bool
     run: Callable[[Tensor], Tensor]  # pixels -> all hidden states after the last block
     norm: Callable[[Tensor], Tensor]  # of what `run` gives
+    # no closures above: they would not follow the model through deepcopy
 
 
 class TokenBackbone(nn.Module):
@@ -48,26 +50,22 @@ class TokenBackbone(nn.Module):
         anatomy = _anatomy(model)
         linear4bit.adopt(model)  # bitsandbytes alone is wrong, and slow, on the CPU
         self.model, self.order, self.width = model, order, anatomy.width
-        # not under a module's name: it holds parts of `model`
-        self.__dict__["_anatomy"] = anatomy
-        self.__dict__["_tokens"] = None
-        # bound methods and no closures: they follow the model through deepcopy and pickle
-        if anatomy.comes_out:
-            anatomy.entry.register_forward_hook(self._after_entry)
-        else:
-            anatomy.entry.register_forward_pre_hook(self._before_entry)
+        self.__dict__["_anatomy"] = anatomy  # not as a child: it holds parts of `model`
 
     def forward(self, pixel_values: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """CLS [B, D] and the tokens' outputs [B, T, D], after the backbone's last norm.
 
         pixel_values [B, 3, H, W]; tokens [B or 1, T, D], or None for the plain backbone.
         """
-        anatomy = self._anatomy
-        self.__dict__["_tokens"] = tokens
+        anatomy, handles = self._anatomy, []
+        if tokens is not None:
+            # for this forward alone: the model stays as its owner knows it
+            handles.append(self._hook(tokens))
         try:
             hidden = anatomy.run(pixel_values)
         finally:
-            self.__dict__["_tokens"] = None
+            for handle in handles:
+                handle.remove()
         if tokens is None:
             return anatomy.norm(hidden[:, 0]), None
         T = tokens.shape[1]
@@ -76,18 +74,16 @@ class TokenBackbone(nn.Module):
         read = anatomy.norm(torch.cat([hidden[:, :1], hidden[:, first : first + T]], dim=1))
         return read[:, 0], read[:, 1:]
 
-    def _after_entry(self, module: nn.Module, given: tuple, out: Tensor) -> Tensor:
-        return self._with_tokens(out)
+    def _hook(self, tokens: Tensor) -> RemovableHandle:
+        def insert(hidden: Tensor) -> Tensor:
+            own = tokens.to(hidden.dtype).expand(len(hidden), -1, -1)
+            at = 1 if self.order == ORDERS[0] else hidden.shape[1]
+            return torch.cat([hidden[:, :at], own, hidden[:, at:]], dim=1)
 
-    def _before_entry(self, module: nn.Module, given: tuple) -> tuple:
-        return self._with_tokens(given[0]), *given[1:]
-
-    def _with_tokens(self, hidden: Tensor) -> Tensor:
-        if self._tokens is None:
-            return hidden
-        tokens = self._tokens.to(hidden.dtype).expand(len(hidden), -1, -1)
-        at = 1 if self.order == ORDERS[0] else hidden.shape[1]
-        return torch.cat([hidden[:, :at], tokens, hidden[:, at:]], dim=1)
+        entry = self._anatomy.entry
+        if self._anatomy.comes_out:
+            return entry.register_forward_hook(lambda _, __, out: insert(out))
+        return entry.register_forward_pre_hook(lambda _, given: (insert(given[0]), *given[1:]))
 
 
 def _anatomy(model: nn.Module) -> _Anatomy:
@@ -141,13 +137,13 @@ class _BeforePooling:
     """open_clip pools inside its forward; what its blocks gave is kept on the way."""
 
     def __init__(self, visual: nn.Module):
-        self.visual, self.kept = visual, None
-        visual.transformer.register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, given: tuple, out: Tensor) -> None:
-        self.kept = out
+        self.visual = visual
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
-        self.visual(pixel_values)
-        kept, self.kept = self.kept, None
-        return kept
+        kept: list[Tensor] = []
+        keep = self.visual.transformer.register_forward_hook(lambda _, __, out: kept.append(out))
+        try:
+            self.visual(pixel_values)
+        finally:
+            keep.remove()
+        return kept[0]

@@ -10,7 +10,7 @@ Instruction-ViT (arXiv 2305.00201) picks class prompts so, prompt pools (L2P, Du
     dq = sum_c ds_c (k̂_c - s_c q̂) / |q|,    dk_c = ds_c (q̂ - s_c k̂_c) / |k_c|       ^: at length 1
 
 Backends: `select_prompts_triton` (CUDA), `select_prompts_native` (csrc, on the CPU), and
-`select_prompts_plain` for whatever those do not take. None writes the [B, C] scores to memory whole.
+`select_prompts_plain` for whatever those do not take. None writes [B, C] scores to memory whole.
 """
 
 import os
