@@ -30,10 +30,10 @@ def kept_classes(query: Tensor | None, keys: Tensor, labels: Tensor, k: int, oth
 def kept_rows(rows: Tensor, indices: Tensor) -> Tensor:
     """[B, k+1, L, D]: of ``rows`` [C, L, D] those kept, and the mean of all others as last.
 
-    Gradients reach every row, in the same order at each run (`F.embedding` sorts; indexing on CUDA
-    would not).
+    Gradients reach every row, in the same order at each run.
     """
     C, k = len(rows), indices.shape[1]
     kept = F.embedding(indices, rows.flatten(1)).unflatten(2, rows.shape[1:])
-    rest = (rows.sum(0) - kept.sum(1)) / (C - k)
-    return torch.cat([kept, rest[:, None]], dim=1)
+    # in float64, as the op does it: what is left of a sum must be right
+    rest = (rows.sum(0, dtype=torch.float64) - kept.sum(1, dtype=torch.float64)) / (C - k)
+    return torch.cat([kept, rest[:, None].to(rows.dtype)], dim=1)

@@ -129,7 +129,15 @@ class InstructionViT(nn.Module):
             predict,
         )
         self.tasks, self.heads = nn.ModuleDict(), nn.ModuleDict()
-        self.__dict__["_kept_rows"] = None
+        self.__dict__["_kept_rows"] = {}  # by task
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "InstructionViT":
+        """The encoder stays in evaluation mode: its features are to be the same every time."""
+        super().train(mode)
+        self.encoder.eval()
+        self._kept_rows.clear()  # a write through ``.data`` leaves no trace
+        return self
 
     # ---- the instruction ----
 
@@ -219,7 +227,7 @@ class InstructionViT(nn.Module):
             raise ValueError(f"predict: want 'head' without prompts, got {by!r}")
         _check_labels(labels, len(pixel_values), len(prompts))
 
-        tokens, indices = self._tokens(prompts, labels, query, pixel_values, encoder_pixel_values)
+        tokens, indices = self._tokens(task, labels, query, pixel_values, encoder_pixel_values)
         cls, outputs = self.backbone(pixel_values, None if tokens is None else tokens.flatten(1, 2))
         cls = cls.float()
         out = Prediction(cls=cls, indices=indices)
@@ -234,11 +242,12 @@ class InstructionViT(nn.Module):
             out.loss = self._loss(out, labels)
         return out
 
-    def _tokens(self, prompts, labels, query, pixels, encoder_pixels):
+    def _tokens(self, task, labels, query, pixels, encoder_pixels):
         """Tokens [B or 1, classes (and the rest), L, D] and the classes kept [B, k]."""
         if self.kind == "none":
             return None, None
-        rows, total = self._rows(prompts)
+        prompts = self._task(task)
+        rows, total = self._rows(prompts, task)
         k = self.train_k if self.training else self.top_k
         if k is None or k >= len(prompts):
             return rows[None], None
@@ -252,20 +261,26 @@ class InstructionViT(nn.Module):
         tokens, indices, _ = ops.select_prompts(query, prompts.keys, rows, k, total=total)
         return tokens, indices
 
-    def _rows(self, prompts: ClassPrompts) -> tuple[Tensor, Tensor | None]:
+    def _rows(self, prompts: ClassPrompts, task: str) -> tuple[Tensor, Tensor | None]:
         """[C, L, D] in the backbone's width, and their sum where they stand still."""
         if self.training or torch.is_grad_enabled():
             return self.projection(prompts(self.encoder)), None
         parts = [*prompts.parameters(), *prompts.buffers(), *self.projection.parameters()]
         if prompts.live:
             parts += self.encoder.text_parameters()
+        if any(p.is_inference() for p in parts):  # they count no versions
+            return self.projection(prompts(self.encoder)), None
         # so that the work of an evaluation does not grow with the classes beyond the selection
-        key = tuple((id(p), p.data_ptr(), p._version) for p in parts)
-        if self._kept_rows is None or self._kept_rows[0] != key:
-            with torch.inference_mode(False):
+        device = prompts.keys.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (autocast, *((id(p), p.data_ptr(), p._version) for p in parts))
+        kept_key, kept = self._kept_rows.get(task, (None, None))
+        if kept_key != key:
+            with torch.inference_mode(False), torch.no_grad():
                 rows = self.projection(prompts(self.encoder)).contiguous()
-                self.__dict__["_kept_rows"] = (key, (rows, ops.sum_of(rows)))
-        return self._kept_rows[1]
+                kept = rows, ops.sum_of(rows)
+            self._kept_rows[task] = key, kept
+        return kept
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -294,7 +309,7 @@ class InstructionViT(nn.Module):
         return self.tasks[task]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept_rows": None}
+        return {**self.__dict__, "_kept_rows": {}}
 
 
 def _logits(out: Prediction, by: str, classes: int) -> Tensor:

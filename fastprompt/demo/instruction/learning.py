@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 
 from fastprompt.instruction import InstructionViT
 
-Batch = tuple[Tensor, Tensor, Tensor | None]  # pixels, labels, the encoder's features
+# pixels, labels, and what gives the encoder's features, where the model selects by them
+Batch = tuple[Tensor, Tensor, Callable[[], Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def train(
             break
         pixels, labels, query = batch(step)
         started = time.perf_counter()
-        loss = model(pixels, labels, query=query, **options).loss
+        # the encoder's pass is a part of what selecting costs
+        loss = model(pixels, labels, query=query and query(), **options).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -68,12 +68,11 @@ class Bench:
         model = models.build(kind, self.encoder, names, exemplars, template, self.cache, **options)
         among = torch.arange(len(self.train_pixels)) if places is None else places
         generator = torch.Generator().manual_seed(seed)
-        query = self.encoder.mapped(self.seen[0])
 
         def batch(step: int) -> learning.Batch:
             drawn = torch.randint(len(among), (recipe.batch,), generator=generator)
             chosen = among[drawn]
-            return self.train_pixels[chosen], self.data.train.labels[chosen], query[chosen]
+            return self.train_pixels[chosen], self.data.train.labels[chosen], None
 
         def score(count: int) -> float:
             got, _ = learning.logits(model, self.test_pixels[:count], None)
