@@ -207,11 +207,13 @@ void select(const std::array<int64_t, 7>& addresses, const std::array<int64_t, 4
   const int64_t row = s.L * s.E;
   const std::unique_ptr<char[]> candidates(new char[s.B * s.parts * s.capacity * Selection::kCandidateBytes]);
   const std::unique_ptr<float[]> scratch(new float[s.parts * s.scratch_floats()]);
-  const std::unique_ptr<float[]> queries(new float[s.D * s.columns]);
+  const bool copies = s.query_is != Number::f32;
+  const std::unique_ptr<float[]> queries(new float[s.D * s.columns * (copies ? 2 : 1)]);
   std::vector<uint8_t> fine(s.columns);
   std::vector<int64_t> counts(s.B * s.parts);
   std::vector<double> sums(rest ? (s.parts + 1) * row : 0);
   s.queries = queries.get(), s.fine = fine.data();
+  s.query_rows = copies ? s.queries + s.D * s.columns : nullptr;
   s.candidates = candidates.get(), s.counts = counts.data();
   s.scratch = scratch.get(), s.sums = sums.data();
 

@@ -28,6 +28,7 @@ struct Selection {
   float* scores;           // [B, k]
 
   float* queries;          // [D, columns] at length 1 or 0; columns past B are zeros
+  float* query_rows;       // [columns, D] of room, for queries that are not float32
   uint8_t* fine;           // [columns], 0: a query whose length is not finite
   int64_t parts;           // shares of the keys
   int64_t capacity;        // candidates that a share holds for a query: k, or more for a while

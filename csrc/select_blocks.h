@@ -82,18 +82,30 @@ inline float factor_of(float square, float scale) {
 }
 
 inline void turn_some(const Selection& s, int64_t first) {
-  for (int64_t b = first; b < first + Selection::kQueries; ++b) {
-    float* const to = s.queries + b;
-    float square = 0;
-    if (b < s.B)
-      each(s.query_is, s.query, b * s.query_row, s.D, [&](int64_t i, float x) {
-        to[i * s.columns] = x;
-        square += x * x;
-      });
-    const float factor = factor_of(square, 1);
+  constexpr int64_t kMany = Selection::kQueries;
+  const float* rows[kMany];
+  float factors[kMany];
+  float* const copies = s.query_rows ? s.query_rows + first * s.D : nullptr;
+  for (int64_t j = 0; j < kMany; ++j) {
+    const int64_t b = first + j;
+    factors[j] = 0, rows[j] = nullptr, s.fine[b] = 1;
+    if (b >= s.B) continue;
+    rows[j] = static_cast<const float*>(s.query) + b * s.query_row;
+    if (s.query_is != Number::f32) {
+      float* to = copies + j * s.D;
+      each(s.query_is, s.query, b * s.query_row, s.D, [to](int64_t i, float x) { to[i] = x; });
+      rows[j] = to;
+    }
+    const float factor = factor_of(squared_length(rows[j], s.D), 1);
     s.fine[b] = factor == factor;
-    for (int64_t i = 0; i < s.D; ++i) to[i * s.columns] = factor > 0 ? to[i * s.columns] * factor : 0;
+    if (factor > 0) factors[j] = factor;
   }
+  // a whole vector of queries after another; what has no length is 0, whatever is in it
+  for (int64_t j = 0; j < kMany; ++j)
+    if (!(factors[j] > 0)) rows[j] = nullptr;
+  for (int64_t i = 0; i < s.D; ++i)
+    for (int64_t j = 0; j < kMany; ++j)
+      s.queries[i * s.columns + first + j] = rows[j] ? rows[j][i] * factors[j] : 0.0f;
 }
 
 // ---- pass 2: scores, and the best of them ----
@@ -220,11 +232,32 @@ inline void score_some(const Selection& s, int64_t part, int64_t first, int64_t 
   }
 }
 
+typedef double Doubles __attribute__((vector_size(kLanes * 8), aligned(8), may_alias));
+
+// sum += sign * x, both of n elements
+inline void add_row(double* sum, const float* x, int64_t n, double sign) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Doubles& to = *reinterpret_cast<Doubles*>(sum + i);
+    to += sign * __builtin_convertvector(load(x + i), Doubles);
+  }
+  for (; i < n; ++i) sum[i] += sign * double(x[i]);
+}
+
 inline void add_prompts(const Selection& s, int64_t entry, double* sum, double sign) {
-  for (int64_t l = 0; l < s.L; ++l) {
-    double* to = sum + l * s.E;
-    each(s.prompts_are, s.prompts, entry * s.prompt_entry + l * s.prompt_row, s.E,
-         [to, sign](int64_t i, float x) { to[i] += sign * double(x); });
+  constexpr int64_t kSome = 256;
+  float some[kSome];
+  for (int64_t l = 0; l < s.L; ++l, sum += s.E) {
+    const int64_t at = entry * s.prompt_entry + l * s.prompt_row;
+    if (s.prompts_are == Number::f32) {
+      add_row(sum, static_cast<const float*>(s.prompts) + at, s.E, sign);
+      continue;
+    }
+    for (int64_t e = 0; e < s.E; e += kSome) {
+      const int64_t count = least(kSome, s.E - e);
+      each(s.prompts_are, s.prompts, at + e, count, [&some](int64_t i, float x) { some[i] = x; });
+      add_row(sum + e, some, count, sign);
+    }
   }
 }
 
@@ -252,8 +285,8 @@ inline void score_part(const Selection& s, int64_t part) {
 template <class To>
 inline void write_mean(const Selection& s, const double* sum, int64_t at) {
   auto to = static_cast<typename To::T*>(s.tokens) + at;
-  const double others = double(s.C - s.k);
-  for (int64_t i = 0; i < s.L * s.E; ++i) to[i] = To::convert(float(sum[i] / others));
+  const double share = 1 / double(s.C - s.k);
+  for (int64_t i = 0; i < s.L * s.E; ++i) to[i] = To::convert(float(sum[i] * share));
 }
 
 inline void pick_some(const Selection& s, double* sum, int64_t first, int64_t last) {
