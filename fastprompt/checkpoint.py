@@ -16,11 +16,11 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from fastprompt import methods
 from fastprompt.files import replace
 from fastprompt.patching import Patch, patch, patch_of
+from fastprompt.samples import base_sample, same_base
 
 WEIGHTS = "prompts.safetensors"
 CARD = "card.json"
 FORMAT = 1
-_SAMPLES = 64
 
 
 def save(model: nn.Module, folder: str | Path, *, weights: str = WEIGHTS) -> Path:
@@ -106,28 +106,6 @@ def _card(done: Patch, tensors: dict[str, Tensor]) -> dict:
     }
 
 
-def base_sample(model: nn.Module) -> list[float]:
-    """A few numbers of the frozen model that tell one base model from another.
-
-    From embeddings, norms and biases, which no 4-bit loader touches, so that a dense and a 4-bit
-    copy of one model agree to the rounding of their dtypes.
-    """
-    names = (
-        "embed_tokens.weight",
-        "patch_embedding.weight",
-        "patch_embeddings.projection.weight",
-        "token_embedding.weight",
-    )
-    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
-    frozen = [(n, p) for n, p in frozen if p.device.type != "meta" and p.is_floating_point()]
-    tables = [p.detach().flatten() for n, p in frozen if n.endswith(names)]
-    vectors = [p.detach()[:1] for _, p in frozen if p.ndim == 1]
-    each = max(1, _SAMPLES // max(1, len(tables)))
-    steps = [p[:: max(1, p.numel() // each)][:each] for p in tables]
-    steps += vectors[:: max(1, len(vectors) // _SAMPLES)]
-    return [float(f"{x:.4g}") for part in steps for x in part.float().tolist()]
-
-
 # ---- files ----
 
 
@@ -164,9 +142,7 @@ def _check(path: Path, card: dict, tensors: dict[str, Tensor], done: Patch, meth
     base, kind = card["base"], done.model.config.model_type
     if base.get("model_type") != kind:
         raise ValueError(f"{path}: was trained on a {base.get('model_type')}, got a {kind}")
-    want, got = torch.tensor(base["sample"]), torch.tensor(base_sample(done.model))
-    # half a per cent: a float16 and a bfloat16 copy of one model differ by less
-    if want.shape != got.shape or not torch.allclose(want, got, rtol=5e-3, atol=1e-6):
+    if not same_base(base["sample"], base_sample(done.model)):
         raise ValueError(
             f"{path}: was trained on {base['class']} {base['name']!r}; "
             f"this {type(done.model).__name__} has other weights"

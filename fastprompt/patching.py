@@ -73,9 +73,14 @@ class Patch:
     def query(self, features: Tensor) -> AbstractContextManager[None]:
         """``with patch.query(features):`` forwards inside take [B, D] as the pool's query.
 
-        Saves the pass of the frozen model: its features of an image never change.
+        Saves the pass of the frozen model: its `features` of an image never change, so a data set's
+        may be computed once and kept.
         """
         return self._of_a_pool().query(features)
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """[B, D] of images [B, 3, H, W]: what the frozen model without prompts makes of them."""
+        return self._of_a_pool().features(pixel_values)
 
     def set_task(self, task: int) -> None:
         """Go on to a task, from 0, of a method that has tasks (DualPrompt, CODA-Prompt)."""

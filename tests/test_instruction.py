@@ -3,6 +3,8 @@
 import copy
 import importlib.util
 import math
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -132,7 +134,9 @@ def test_backbones_without_cls_are_refused(wrong):
 def test_the_loss_is_the_papers(kind):
     model = build(kind=kind, alignment=0.7, temperature=0.2).eval()
     pixels, labels = images(), torch.tensor([0, 6, 3, 3])
-    out = model(pixels, labels)
+    assert model(pixels, labels).to_tuple()[0] == model(pixels, labels, details=True).loss
+    assert len(model(pixels, labels).to_tuple()) == 2  # Trainer gathers whatever is given
+    out = model(pixels, labels, details=True)
     rows = model.projection(model.tasks["default"].rows)
     cls, outputs = model.backbone(pixels, rows.flatten(0, 1)[None])
     outputs = outputs.view(4, len(NAMES), -1, 32).mean(2)
@@ -177,7 +181,7 @@ def test_an_encoder_that_trains_is_read_at_every_forward():
 
 def test_no_prompts_at_all():
     model = build(kind="none")
-    out = model(images(), torch.tensor([0, 1, 2, 3]))
+    out = model(images(), torch.tensor([0, 1, 2, 3]), details=True)
     assert out.cosine_logits is None and out.logits.shape == (4, 7)
     out.loss.backward()
     got = {n for n, p in model.named_parameters() if p.grad is not None}
@@ -193,7 +197,7 @@ def test_validation_sees_the_chosen_and_the_mean_of_the_rest():
     model = build(kind="mixed", top_k=3).eval()
     pixels = images(5)
     with torch.no_grad():
-        out = model(pixels)
+        out = model(pixels, details=True)
         query = model.encoder.encode_images(pixels)
         rows = model.projection(model.tasks["default"].rows)
         keys = model.tasks["default"].keys
@@ -237,6 +241,57 @@ def test_evaluation_projects_the_classes_once():
     assert model(images()).logits.requires_grad and len(calls) == 3
 
 
+def test_the_encoder_never_drops_anything_out():
+    model = build(train_k=2).train()
+    first = model(images(), details=True).indices
+    assert not model.encoder.training and model.backbone.training
+    assert all((model(images(), details=True).indices == first).all() for _ in range(3))
+
+
+def test_kept_rows_have_no_graph_and_go_with_train_and_autocast():
+    model = build(features="encoder", top_k=2).eval()
+    with torch.no_grad():
+        first = model(images()).logits
+        assert not model._kept_rows["default"][1][0].requires_grad
+        with torch.autocast("cpu", torch.bfloat16):
+            model(images())
+        assert torch.equal(model(images()).logits, first)
+        model.projection.weight.data.mul_(2)  # leaves no trace ...
+        model.train().eval()  # ... but for this
+        assert not torch.equal(model(images()).logits, first)
+
+
+def test_classes_set_under_inference_mode():
+    model = build(top_k=2).eval()
+    with torch.inference_mode():
+        model.set_classes(["ant", "ape", "asp"], task="more")
+        assert model(images(), task="more", predict="cosine").logits.shape == (4, 3)
+    model(images(), torch.tensor([0, 1, 2, 0]), task="more", predict="cosine").loss.backward()
+
+
+def test_two_threads_share_a_model():
+    model = build(kind="text", top_k=2).eval()
+    pixels = [images(2, seed=s) for s in range(4)]
+    with torch.no_grad():
+        want = [model(p).logits for p in pixels]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                got = pool.map(lambda p: torch.no_grad()(model)(p).logits, pixels)
+                assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want, strict=True))
+
+
+def test_an_untrained_head_says_so():
+    model = build().eval()
+    with pytest.warns(UserWarning, match="head that was never trained"):
+        model(images())
+    trained = build()
+    trained(images(), torch.tensor([0, 1, 2, 3]))
+    trained.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(images())
+
+
 @pytest.mark.parametrize("others", ["score", "random"])
 def test_training_keeps_the_true_class(others):
     torch.manual_seed(0)
@@ -266,7 +321,7 @@ def test_rows_kept_have_the_gradient_of_a_plain_gather():
 def test_training_on_some_classes(others):
     model = build(kind="mixed", train_k=3, train_others=others, alignment=2.0)
     labels = torch.tensor([0, 6, 3, 3])
-    out = model(images(), labels)
+    out = model(images(), labels, details=True)
     place = (out.indices == labels[:, None]).int().argmax(1)
     want = F.cross_entropy(out.head_logits, labels) + 2 * F.cross_entropy(out.cosine_logits, place)
     assert torch.allclose(out.loss, want) and out.cosine_logits.shape == (4, 3)
@@ -277,12 +332,12 @@ def test_training_on_some_classes(others):
 
 def test_a_class_that_was_not_kept_has_nothing_to_align_with():
     model = build(kind="text", top_k=2).eval()
-    out = model(images(), torch.tensor([0, 1, 2, 3]))
+    out = model(images(), torch.tensor([0, 1, 2, 3]), details=True)
     hit = (out.indices == torch.arange(4)[:, None]).any(1)
     assert not hit.all()
     model.top_k = 1
-    absent = torch.tensor([(int(i) + 1) % 7 for i in model(images()).indices[:, 0]])
-    out = model(images(), absent)
+    absent = torch.tensor([(int(i) + 1) % 7 for i in model(images(), details=True).indices[:, 0]])
+    out = model(images(), absent, details=True)
     assert torch.allclose(out.loss, F.cross_entropy(out.head_logits, absent))
 
 
@@ -299,6 +354,9 @@ def test_new_classes_without_training():
     with pytest.raises(ValueError, match="predict: want 'cosine' for 'colours', which has no head"):
         model(images(), task="colours")
     assert all((before[n] == p).all() for n, p in model.projection.named_parameters())
+    head = model.heads["default"]
+    model.set_classes(NAMES, exemplars())  # the same classes keep what was trained for them
+    assert model.heads["default"] is head
     model.set_classes(["ant", "ape"], exemplars(2))
     assert model.classes() == ["ant", "ape"] and "default" not in model.heads
 
@@ -349,15 +407,24 @@ def test_trainer_needs_nothing_else(tmp_path):
     data = [dict(pixel_values=p, labels=i % 7) for i, p in enumerate(images(14))]
     arguments = tf.TrainingArguments(
         tmp_path, max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True,
-        save_strategy="no", learning_rate=1e-3,
+        save_strategy="no", learning_rate=1e-3, gradient_checkpointing=True,
     )  # fmt: skip
     before = model.tasks["default"].rows.detach().clone()
-    trainer = tf.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    seen = []
+
+    def compute_metrics(given):
+        seen.append(given.predictions.shape)
+        return {}
+
+    trainer = tf.Trainer(
+        model, arguments, train_dataset=data, eval_dataset=data, compute_metrics=compute_metrics
+    )
     trainer.train()
     assert not torch.equal(before, model.tasks["default"].rows)
-    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    assert math.isfinite(trainer.evaluate()["eval_loss"]) and seen == [(14, 7)]
 
 
+@pytest.mark.filterwarnings("ignore:predicting from a head")
 @pytest.mark.parametrize("features", ["trainable", "frozen", "encoder"])
 def test_save_and_load(features, tmp_path):
     model = build(kind="mixed", features=features)
@@ -379,6 +446,19 @@ def test_save_and_load(features, tmp_path):
     with pytest.raises(ValueError, match="kind: want 'mixed', got a model with 'text'"):
         other.load(tmp_path)
     assert other.classes() == ["x", "y", "z"]
+    more = build(kind="mixed", features=features, classes=["x", "y", "z"])
+    more.set_classes(["p", "q"], exemplars(2), task="own")
+    more.set_classes(["p", "q"], exemplars(2), task="colours", head=True)
+    own = more.tasks["own"].rows.detach().clone()
+    more.load(tmp_path)  # another task stays, and a head that was not saved goes
+    assert more.classes("own") == ["p", "q"] and torch.equal(more.tasks["own"].rows, own)
+    assert set(more.heads) == {"default", "own"}
+    with torch.no_grad():
+        fresh.backbone.model.vit.layernorm.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="was trained on another backbone"):
+        fresh.load(tmp_path)
+    with torch.no_grad():
+        fresh.backbone.model.vit.layernorm.weight.div_(1.5)
     file = tmp_path / "instruction.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="want a whole safetensors file"):
@@ -423,7 +503,7 @@ def test_clip_of_open_clip_from_files(tmp_path):
     encoder = OpenClipEncoder(model, lambda texts: open_clip.tokenize(texts, context_length=16))
     assert encoder.width == 24 and encoder.encode_images(images(2)).shape == (2, 24)
     both = build(lambda: open_clip.create_model("tiny-clip"), encoder=encoder, top_k=3)
-    out = both.eval()(images())
+    out = both.eval()(images(), details=True)
     assert out.logits.shape == (4, 7) and out.indices.shape == (4, 3)
     trains = build(encoder=encoder, features="encoder")
     trains(images(), torch.tensor([0, 1, 2, 3])).loss.backward()
@@ -453,7 +533,6 @@ def test_features_on_disk(tmp_path):
     FeatureCache(tmp_path / "cache", encoder, read, "v2").features(files[:1])
     assert len(decoded) == 5
     other = copy.deepcopy(encoder)
-    other.__dict__.pop("fingerprint")
     with torch.no_grad():
         other.image.bias += 1
     FeatureCache(tmp_path / "cache", other, read, "v1").features(files[:1])
@@ -467,6 +546,16 @@ def test_features_on_disk(tmp_path):
     assert places == [0, 2]
     with pytest.raises(ValueError, match=r"broken.png: want an image that can be decoded"):
         cache.features(mixed)
+    with pytest.warns(UserWarning, match=r"gone.png was skipped"):
+        assert cache.features([tmp_path / "gone.png", files[0]], bad="skip")[1] == [1]
+    (tmp_path / "large.png").write_bytes(b"78")
+    (tmp_path / "next.png").write_bytes(b"79")
+    cache.preprocess = lambda f: torch.zeros(3, 16 + (f.name == "next.png"), 16)
+    with pytest.raises(ValueError, match=r"next.png: want preprocess to give images of one size"):
+        cache.features([tmp_path / "large.png", tmp_path / "next.png"])
+    cache.preprocess = lambda f: torch.full((3, SIDE, SIDE), torch.nan)
+    with pytest.raises(ValueError, match=r"got NaN or infinity for '.*large.png'"):
+        cache.features([tmp_path / "large.png"])
 
 
 # ---- refusals ----
@@ -483,6 +572,7 @@ REFUSED = {
     "templates": (dict(templates="a {class}"), "templates: want a list"),
     "a template without a class": (dict(templates=["a thing"]), "templates: want '{class}'"),
     "encoder for images": (dict(kind="image", features="encoder"), "features='encoder': want kind"),
+    "train_k 1": (dict(train_k=1), "train_k: want at least 2"),
     "none by cosine": (dict(kind="none", predict="cosine"), "predict: want 'head' without prompts"),
 }
 
@@ -526,6 +616,13 @@ def test_refused_batches():
         model(images(), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="query: want finite image features"):
         model(images() * torch.nan)
+    with pytest.raises(ValueError, match="query: want finite image features"):
+        model(images(), query=torch.full((4, 24), torch.nan))
+    with pytest.raises(ValueError, match=r"query: want \[4, 24\], got \[3, 24\]"):
+        model(images(), query=torch.ones(3, 24))
+    for task in ("", "a.b", "train", "keys"):
+        with pytest.raises(ValueError, match="task: want a name without a dot"):
+            model.set_classes(["ant"], task=task)
     with pytest.raises(ValueError, match="set_classes first"):
         InstructionViT(tiny.vit(), ToyEncoder())(images())
 

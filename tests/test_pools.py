@@ -227,6 +227,7 @@ def test_the_query_pass_runs_once_without_dropout_or_prompts(method, queries):
     model.eval()
     with torch.no_grad():
         out = model(**given).logits
+        assert torch.equal(patch.features(**given), want)
         passes.clear()
         with patch.query(want):
             assert torch.equal(model(**given).logits, out) and len(passes) == 1

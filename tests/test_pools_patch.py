@@ -225,7 +225,12 @@ def test_refused_models():
                 fastprompt.patch(tiny.build(name), method)
     for method in (VPT(2), DeepPrompts(vision=2)):
         patch = fastprompt.patch(tiny.build("vit"), method)
-        calls = ((patch.set_task, (0,)), (patch.auxiliary_loss, ()), (patch.query, (0,)))
+        calls = (
+            (patch.set_task, (0,)),
+            (patch.auxiliary_loss, ()),
+            (patch.query, (0,)),
+            (patch.features, (0,)),
+        )
         for call, given in calls:
             with pytest.raises(ValueError, match="want a patch with L2P, DualPrompt or CODAPrompt"):
                 call(*given)

@@ -306,6 +306,10 @@ REFUSED = {
         dict(keys=torch.ones(9, 4).char(), key_scale=torch.ones(8)),
         r"key_scale: want \[9\]",
     ),
+    "a scale that trains": (
+        dict(keys=torch.ones(9, 4).char(), key_scale=torch.ones(9, requires_grad=True)),
+        "key_scale: want it frozen",
+    ),
     "another rest": (dict(rest="sum"), "rest: want 'mean' or None, got 'sum'"),
     "a float32 total": (dict(total=torch.ones(3)), r"total: want \[3\] torch.float64"),
     "another backend": (dict(backend="cuda"), "backend: want one of auto"),

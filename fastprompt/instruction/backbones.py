@@ -4,6 +4,7 @@ The tokens go in where the backbone's embeddings end (position embeddings are on
 by then, and class prompts carry none) and before any norm in front of the blocks.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -75,7 +76,11 @@ class TokenBackbone(nn.Module):
         return read[:, 0], read[:, 1:]
 
     def _hook(self, tokens: Tensor) -> RemovableHandle:
+        thread = threading.get_ident()
+
         def insert(hidden: Tensor) -> Tensor:
+            if threading.get_ident() != thread:  # another's forward of the same model
+                return hidden
             own = tokens.to(hidden.dtype).expand(len(hidden), -1, -1)
             at = 1 if self.order == ORDERS[0] else hidden.shape[1]
             return torch.cat([hidden[:, :at], own, hidden[:, at:]], dim=1)
@@ -140,10 +145,14 @@ class _BeforePooling:
         self.visual = visual
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
-        kept: list[Tensor] = []
-        keep = self.visual.transformer.register_forward_hook(lambda _, __, out: kept.append(out))
+        kept: dict[int, Tensor] = {}  # by thread: another may run the same model
+
+        def hook(module: nn.Module, given: tuple, out: Tensor) -> None:
+            kept[threading.get_ident()] = out
+
+        keep = self.visual.transformer.register_forward_hook(hook)
         try:
             self.visual(pixel_values)
         finally:
             keep.remove()
-        return kept[0]
+        return kept[threading.get_ident()]

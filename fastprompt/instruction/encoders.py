@@ -1,6 +1,5 @@
 """Encoders that put images and texts into one space, behind one small interface."""
 
-import functools
 import hashlib
 from collections.abc import Callable, Sequence
 
@@ -29,17 +28,18 @@ class Encoder(nn.Module):
         """What trains with ``features="encoder"``."""
         raise NotImplementedError
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
-        """Tells this encoder's features from every other's: a hash of its weights."""
-        digest = hashlib.sha256(type(self).__name__.encode())
+        """Tells this encoder's features from every other's: a hash of its modules and weights."""
+        digest = hashlib.sha256(repr(self).encode())
         for name, tensor in self.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
-    def _device(self) -> torch.device:
-        return next(self.parameters()).device
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
 
 class OpenClipEncoder(Encoder):
@@ -51,7 +51,7 @@ class OpenClipEncoder(Encoder):
         self.width = self.encode_text(["a"]).shape[1]
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        return self.model.encode_text(self.tokenizer(list(texts)).to(self._device()))
+        return self.model.encode_text(self.tokenizer(list(texts)).to(self.device))
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         return self.model.encode_image(pixel_values)
@@ -71,7 +71,7 @@ class TransformersClipEncoder(Encoder):
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         given = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
-        return _features(self.model.get_text_features(**given.to(self._device())))
+        return _features(self.model.get_text_features(**given.to(self.device)))
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         return _features(self.model.get_image_features(pixel_values=pixel_values))

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from fastprompt import ops
+from fastprompt import linear4bit, ops
 from fastprompt.instruction import saving
 from fastprompt.instruction.backbones import ORDERS, TokenBackbone
 from fastprompt.instruction.class_prompts import FEATURES, KINDS, ClassPrompts
 from fastprompt.instruction.encoders import Encoder
 from fastprompt.instruction.features import TEMPLATE
+from fastprompt.instruction.head import Head
 from fastprompt.instruction.kept import kept_classes, kept_rows
 
 PREDICT = ("head", "cosine", "both")
@@ -27,6 +28,8 @@ class Prediction(ModelOutput):
     Attributes:
         loss: scalar, if labels were given.
         logits: [B, C], those that ``predict`` names; -inf where a class cannot be predicted.
+
+    and with ``details=True``, as Trainer would else gather all of it over an evaluation:
         head_logits: [B, C]; None for a task without a head.
         cosine_logits: [B, k]; None without prompts.
         indices: [B, k], the classes kept; None if all are.
@@ -65,11 +68,16 @@ class InstructionViT(nn.Module):
         train_k: classes kept for each image in training: its own, train_k - 1 others, and the
             mean of the rest; None: all.
         train_others: "score" keeps those the encoder finds likeliest, "random" any.
-        top_k: classes kept for each image in evaluation, by the encoder's scores; None: all.
+        top_k: classes kept for each image in evaluation, by the encoder's scores; None: all, and
+            of a task with no more classes than that all, too.
         predict: which logits `forward` returns as ``logits``: "head", "cosine" (which serves
             classes never trained as well), or "both" (the sum of their log-probabilities, over
             the kept classes).
         train_backbone: train all of the backbone too.
+
+    Backbone and encoder are the caller's own modules: frozen in place, the encoder in evaluation
+    mode whatever the model is in. A state dict (and so a checkpoint of Trainer's) holds both; what
+    `save` writes does not.
 
     Raises:
         ValueError: an option or a backbone that is not served.
@@ -110,24 +118,30 @@ class InstructionViT(nn.Module):
         if isinstance(templates, str) or not templates:
             raise ValueError(f"templates: want a list of sentences, got {templates!r}")
 
+        if train_k == 1 and alignment and kind != "none":
+            raise ValueError(
+                "train_k: want at least 2 (one class has nothing to differ from), got 1"
+            )
+        trains = encoder.text_parameters() if features == "encoder" else []
+        if not all(p.is_floating_point() for p in trains):
+            raise ValueError("features='encoder': want a dense text tower, got a 4-bit one")
+
+        linear4bit.adopt(encoder)
+        self.encoder = encoder.requires_grad_(False)  # first: it may hold the backbone
         self.backbone = TokenBackbone(backbone, token_order).requires_grad_(train_backbone)
-        self.encoder = encoder.requires_grad_(False)
-        if features == "encoder":
-            for p in encoder.text_parameters():
-                p.requires_grad_(True)
+        for p in trains:
+            p.requires_grad_(True)
         width = self.backbone.width
         wants = encoder.width != width if projection is None else projection
         if not wants and encoder.width != width:
             raise ValueError(f"projection: want one from {encoder.width} to {width}, got False")
+        # without prompts there is nothing to project
+        wants = wants and kind != "none"
         self.projection = nn.Linear(encoder.width, width) if wants else nn.Identity()
         self.kind, self.features, self.templates = kind, features, tuple(templates)
         self.alignment, self.temperature = alignment, temperature
-        self.train_k, self.train_others, self.top_k, self.predict = (
-            train_k,
-            train_others,
-            top_k,
-            predict,
-        )
+        self.train_k, self.train_others = train_k, train_others
+        self.top_k, self.predict = top_k, predict
         self.tasks, self.heads = nn.ModuleDict(), nn.ModuleDict()
         self.__dict__["_kept_rows"] = {}  # by task
         self.train(self.training)
@@ -156,20 +170,28 @@ class InstructionViT(nn.Module):
             images: for each class its exemplars [n, 3, H, W] as the encoder wants them, or their
                 features [n, width]; wanted by kinds "image" and "mixed".
             task: its name, for a model with several; its older classes are replaced.
-            head: give the task a head of its own, which must train (None: while the model is in
-                training mode). Without one it is predicted by cosine.
+            head: give the task a new head, which must train (None: while the model is in training
+                mode; a head of the same classes stays). Without one it is predicted by cosine.
+
+        Parameters are new, so an optimiser made before does not know them.
 
         Raises:
             ValueError: no or doubled names, missing exemplars, features that are not finite.
         """
-        if not task or "." in task:
-            raise ValueError(f"task: want a name without a dot, got {task!r}")
+        if not task or "." in task or hasattr(nn.ModuleDict, task):
+            raise ValueError(
+                f"task: want a name without a dot, and none of nn.ModuleDict's own; got {task!r}"
+            )
         options = dict(kind=self.kind, features=self.features, templates=self.templates)
-        prompts = ClassPrompts(self.encoder, names, images, **options)
-        like = next(self.backbone.parameters())
-        self.tasks[task] = prompts.to(like.device)
+        with torch.inference_mode(False):  # what is made there could never train
+            prompts = ClassPrompts(self.encoder, names, images, **options)
+        same = task in self.tasks and self.tasks[task].names == prompts.names
+        device = next(self.backbone.parameters()).device
+        self.tasks[task] = prompts.to(device)
+        if head is None and same:
+            return
         if self.training if head is None else head:
-            self.heads[task] = nn.Linear(self.backbone.width, len(names)).to(like.device)
+            self.heads[task] = Head(self.backbone.width, len(names)).to(device)
         elif task in self.heads:
             del self.heads[task]
 
@@ -188,8 +210,10 @@ class InstructionViT(nn.Module):
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote into a model of the same backbone, encoder, kind and features.
 
-        Tasks of other names stay. Raises a ValueError for another model, a missing or truncated
-        file; the model is then as it was.
+        Tasks of other names stay as they are.
+
+        Raises:
+            ValueError: another model, a missing or truncated file; the model is then as it was.
         """
         saving.load(self, folder)
 
@@ -204,6 +228,7 @@ class InstructionViT(nn.Module):
         encoder_pixel_values: Tensor | None = None,
         task: str = "default",
         predict: str | None = None,
+        details: bool = False,
     ) -> Prediction:
         """Predict, and with labels the loss.
 
@@ -214,9 +239,11 @@ class InstructionViT(nn.Module):
             encoder_pixel_values: [B, 3, h, w] as the encoder wants them; pixel_values otherwise.
                 Encoded only where classes are selected and no query is given.
             task, predict: as in `set_classes` and above.
+            details: give all of `Prediction`, not the loss and logits alone.
 
         Raises:
-            ValueError: an unknown task, labels out of range, or logits that the task lacks.
+            ValueError: an unknown task, labels out of range, logits that the task lacks, or a
+                query of another shape or (on the CPU, where asking is free) not finite.
         """
         prompts, by = self._task(task), self.predict if predict is None else predict
         _one_of("predict", by, PREDICT)
@@ -229,18 +256,18 @@ class InstructionViT(nn.Module):
 
         tokens, indices = self._tokens(task, labels, query, pixel_values, encoder_pixel_values)
         cls, outputs = self.backbone(pixel_values, None if tokens is None else tokens.flatten(1, 2))
-        cls = cls.float()
-        out = Prediction(cls=cls, indices=indices)
+        cls, by_head, cosine = cls.float(), None, None
         if head is not None:
-            out.head_logits = head(cls)
+            by_head = head(cls, trains=self.training and labels is not None, read=by != "cosine")
         if tokens is not None:
             k = len(prompts) if indices is None else indices.shape[1]
-            out.prompts = outputs.unflatten(1, tokens.shape[1:3])[:, :k].float().mean(2)
-            out.cosine_logits = ops.cosine_logits(cls, out.prompts, 1 / self.temperature)
-        out.logits = _logits(out, by, len(prompts))
-        if labels is not None:
-            out.loss = self._loss(out, labels)
-        return out
+            outputs = outputs.unflatten(1, tokens.shape[1:3])[:, :k].float().mean(2)
+            cosine = ops.cosine_logits(cls, outputs, 1 / self.temperature)
+        loss = None if labels is None else self._loss(by_head, cosine, indices, labels)
+        logits = _logits(by, by_head, cosine, indices, len(prompts))
+        if not details:
+            return Prediction(loss, logits)
+        return Prediction(loss, logits, by_head, cosine, indices, cls, outputs)
 
     def _tokens(self, task, labels, query, pixels, encoder_pixels):
         """Tokens [B or 1, classes (and the rest), L, D] and the classes kept [B, k]."""
@@ -255,6 +282,8 @@ class InstructionViT(nn.Module):
             self.training and labels is not None and self.train_others == "random"
         ):
             query = self._encode(pixels if encoder_pixels is None else encoder_pixels)
+        if query is not None:
+            self._check_query(query, len(pixels))
         if self.training and labels is not None:
             indices = kept_classes(query, prompts.keys, labels, k, self.train_others)
             return kept_rows(rows, indices), indices
@@ -284,23 +313,31 @@ class InstructionViT(nn.Module):
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
-        query = self.encoder.encode_images(pixels).float()
-        if not query.isfinite().all():
-            raise ValueError("query: want finite image features, the encoder gave NaN or infinity")
-        return query
+        return self.encoder.encode_images(pixels).float()
 
-    def _loss(self, out: Prediction, labels: Tensor) -> Tensor:
-        loss = out.cls.new_zeros(())
-        if out.head_logits is not None:
-            loss = loss + F.cross_entropy(out.head_logits, labels)
-        if out.cosine_logits is None or not self.alignment:
+    def _check_query(self, query: Tensor, B: int) -> None:
+        if query.shape != (B, self.encoder.width):
+            want = [B, self.encoder.width]
+            raise ValueError(f"query: want {want}, got {list(query.shape)}")
+        if query.device.type == "cpu" and not query.isfinite().all():
+            raise ValueError("query: want finite image features, got NaN or infinity")
+
+    def _loss(self, by_head, cosine, indices, labels: Tensor) -> Tensor:
+        loss = labels.new_zeros((), dtype=torch.float32)
+        if by_head is not None:
+            loss = loss + F.cross_entropy(by_head, labels)
+        if cosine is None or not self.alignment:
             return loss
-        if out.indices is not None:
+        if indices is not None:
             # places among the kept; an image whose class was not kept has nothing to align with
-            match = out.indices == labels[:, None]
+            match = indices == labels[:, None]
             labels = torch.where(match.any(1), match.int().argmax(1), -100)
-        aligned = F.cross_entropy(out.cosine_logits, labels, reduction="sum")
+        aligned = F.cross_entropy(cosine, labels, reduction="sum")
         return loss + self.alignment * aligned / (labels >= 0).sum().clamp(min=1)
+
+    def gradient_checkpointing_enable(self, **options: object) -> None:
+        """The backbone's own, which Trainer's ``gradient_checkpointing=True`` calls."""
+        self.backbone.model.gradient_checkpointing_enable(**options)
 
     def _task(self, task: str) -> ClassPrompts:
         if task not in self.tasks:
@@ -312,14 +349,13 @@ class InstructionViT(nn.Module):
         return {**self.__dict__, "_kept_rows": {}}
 
 
-def _logits(out: Prediction, by: str, classes: int) -> Tensor:
+def _logits(by: str, by_head, cosine, indices, classes: int) -> Tensor:
     if by == "head":
-        return out.head_logits
-    cosine = out.cosine_logits
-    if out.indices is not None:
+        return by_head
+    if indices is not None:
         everywhere = cosine.new_full((len(cosine), classes), -torch.inf)
-        cosine = everywhere.scatter(1, out.indices, cosine)
-    return cosine if by == "cosine" else out.head_logits.log_softmax(-1) + cosine.log_softmax(-1)
+        cosine = everywhere.scatter(1, indices, cosine)
+    return cosine if by == "cosine" else by_head.log_softmax(-1) + cosine.log_softmax(-1)
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:

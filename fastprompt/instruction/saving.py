@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastprompt.files import replace
 from fastprompt.instruction.class_prompts import ClassPrompts
+from fastprompt.instruction.head import Head
+from fastprompt.samples import base_sample, same_base
 
 if TYPE_CHECKING:
     from fastprompt.instruction.model import InstructionViT
 
 FILE = "instruction.safetensors"
 FORMAT = 1
+OPTIONS = ("alignment", "temperature", "train_k", "train_others", "top_k", "predict")  # to know
 
 
 def save(model: "InstructionViT", folder: str | Path) -> Path:
@@ -29,6 +32,9 @@ def save(model: "InstructionViT", folder: str | Path) -> Path:
         "features": model.features,
         "widths": [model.encoder.width, model.backbone.width],
         "encoder": model.encoder.fingerprint,
+        "token_order": model.backbone.order,
+        "backbone": base_sample(model.backbone),
+        "options": {name: getattr(model, name) for name in OPTIONS},
         "tasks": {
             name: {"names": own.names, "templates": own.templates, "head": name in model.heads}
             for name, own in model.tasks.items()
@@ -56,10 +62,13 @@ def load(model: "InstructionViT", folder: str | Path) -> None:
         ("kind", model.kind),
         ("features", model.features),
         ("widths", [model.encoder.width, model.backbone.width]),
+        ("token_order", model.backbone.order),
         ("encoder", None if model.features == "encoder" else model.encoder.fingerprint),
     ):
         if here is not None and card[what] != here:
             raise ValueError(f"{path}: {what}: want {card[what]!r}, got a model with {here!r}")
+    if not same_base(card["backbone"], base_sample(model.backbone)):
+        raise ValueError(f"{path}: was trained on another backbone than this one")
     before = dict(model.tasks), dict(model.heads)
     device = next(model.backbone.parameters()).device
     try:
@@ -69,8 +78,16 @@ def load(model: "InstructionViT", folder: str | Path) -> None:
                 own["names"], own["templates"], model.kind, model.features, rows, keys
             ).to(device)
             if own["head"]:
-                model.heads[name] = nn.Linear(model.backbone.width, len(keys)).to(device)
-        _fill(path, _own(model), tensors)
+                model.heads[name] = Head(model.backbone.width, len(keys)).to(device)
+            elif name in model.heads:
+                del model.heads[name]
+        others = tuple(
+            f"{holder}.{name}."
+            for holder in ("tasks", "heads")
+            for name in model.tasks.keys() - card["tasks"].keys()
+        )
+        own = {n: t for n, t in _own(model).items() if not n.startswith(others)}
+        _fill(path, own, tensors)
     except BaseException:
         for holder, old in zip((model.tasks, model.heads), before, strict=True):
             holder.clear()
@@ -81,6 +98,7 @@ def load(model: "InstructionViT", folder: str | Path) -> None:
 def _own(model: "InstructionViT") -> dict[str, Tensor]:
     """What trains, and all of the tasks, by name."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own |= {f"heads.{name}": t for name, t in model.heads.state_dict(keep_vars=True).items()}
     return own | {f"tasks.{name}": t for name, t in model.tasks.state_dict(keep_vars=True).items()}
 
 

@@ -178,7 +178,8 @@ def select_prompts(
         tokens: [B, k or k+1, E] or [B, k or k+1, L, E] in the dtype of ``prompts``, the most
             similar first.
         indices: [B, k] int64. Ties: the lower index first.
-        scores: [B, k] float32 (float64 for float64 queries), the cosines. 0 with a row of length
+        scores: [B, k] float32 (float64 for float64 queries, and where the reference is asked for
+            with any), the cosines. 0 with a row of length
             0; -inf with one whose squared length is not finite in float32: nothing is checked
             for NaN, which would wait for a GPU.
 
@@ -246,6 +247,8 @@ def _check(query, keys, prompts, k, rest, key_scale, total):
         raise ValueError(f"rest: want 'mean' or None, got {rest!r}")
     if (keys.dtype == torch.int8) != (key_scale is not None):
         raise ValueError(f"key_scale: want it with int8 keys and with no others, got {keys.dtype}")
+    if key_scale is not None and key_scale.requires_grad:
+        raise ValueError("key_scale: want it frozen (this op gives no gradient for it)")
     beside = [("key_scale", key_scale, (C,), torch.float32)]
     beside += [("total", total, prompts.shape[1:], torch.float64)]
     for name, x, shape, dtype in beside:

@@ -32,7 +32,8 @@ class Pool:
     Before the tower's forward the frozen tower runs once without prompts, in evaluation mode and
     without a graph; its image feature [B, D] is the query. What the method chooses with it goes
     down to the blocks as a keyword of the forward, so that a block recomputed by gradient
-    checkpointing meets the choice of its own forward again, and no query pass.
+    checkpointing meets the choice of its own forward again, and no query pass. One forward at a
+    time: threads of their own want models of their own.
 
     Attributes:
         tower, method: whose pool it is, and what chooses.
@@ -144,6 +145,10 @@ class Pool:
         return self.given
 
     # ---- what a `Patch` hands on ----
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """[B, D], what a query pass finds; the same every time, so it may be kept."""
+        return self._query((), dict(pixel_values=pixel_values))
 
     @contextmanager
     def query(self, features: Tensor) -> Iterator[None]:

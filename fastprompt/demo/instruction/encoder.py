@@ -86,4 +86,3 @@ class DualEncoder(Encoder):
         x = normalize(seen - self.mean, dim=-1).double()
         gram = x.mT @ x + ridge * torch.eye(x.shape[1], dtype=torch.double)
         self.map.copy_(torch.linalg.solve(gram, x.mT @ text.double()))
-        self.__dict__.pop("fingerprint", None)

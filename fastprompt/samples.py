@@ -1,0 +1,34 @@
+"""A few numbers by which one frozen model is told from another."""
+
+import torch
+from torch import nn
+
+_SAMPLES = 64
+
+
+def base_sample(model: nn.Module) -> list[float]:
+    """A few numbers of the frozen model that tell one base model from another.
+
+    From embeddings, norms and biases, which no 4-bit loader touches, so that a dense and a 4-bit
+    copy of one model agree to the rounding of their dtypes.
+    """
+    names = (
+        "embed_tokens.weight",
+        "patch_embedding.weight",
+        "patch_embeddings.projection.weight",
+        "token_embedding.weight",
+    )
+    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    frozen = [(n, p) for n, p in frozen if p.device.type != "meta" and p.is_floating_point()]
+    tables = [p.detach().flatten() for n, p in frozen if n.endswith(names)]
+    vectors = [p.detach()[:1] for _, p in frozen if p.ndim == 1]
+    each = max(1, _SAMPLES // max(1, len(tables)))
+    steps = [p[:: max(1, p.numel() // each)][:each] for p in tables]
+    steps += vectors[:: max(1, len(vectors) // _SAMPLES)]
+    return [float(f"{x:.4g}") for part in steps for x in part.float().tolist()]
+
+
+def same_base(want: list[float], got: list[float]) -> bool:
+    """Whether both are of one model; a float16 and a bfloat16 copy differ by less than this."""
+    both = torch.tensor(want), torch.tensor(got)
+    return both[0].shape == both[1].shape and torch.allclose(*both, rtol=5e-3, atol=1e-6)
