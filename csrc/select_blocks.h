@@ -289,6 +289,25 @@ inline void write_mean(const Selection& s, const double* sum, int64_t at) {
   for (int64_t i = 0; i < s.L * s.E; ++i) to[i] = To::convert(float(sum[i] * share));
 }
 
+// The same for float32, from the rows just gathered: a vector of channels at a time, so that its sum
+// stays in a register.
+inline void write_mean(const Selection& s, const float* chosen, float* to) {
+  const int64_t size = s.L * s.E;
+  const double share = 1 / double(s.C - s.k);
+  int64_t e = 0;
+  for (; e + kLanes <= size; e += kLanes) {
+    Doubles sum = *reinterpret_cast<const Doubles*>(s.sums + e);
+    for (int64_t i = 0; i < s.k; ++i)
+      sum -= __builtin_convertvector(load(chosen + i * size + e), Doubles);
+    store(to + e, __builtin_convertvector(sum * share, Lanes));
+  }
+  for (; e < size; ++e) {
+    double sum = s.sums[e];
+    for (int64_t i = 0; i < s.k; ++i) sum -= double(chosen[i * size + e]);
+    to[e] = float(sum * share);
+  }
+}
+
 inline void pick_some(const Selection& s, double* sum, int64_t first, int64_t last) {
   const int64_t size = s.L * s.E, bytes = bytes_of(s.prompts_are);
   for (int64_t b = first; b < last; ++b) {
@@ -303,8 +322,10 @@ inline void pick_some(const Selection& s, double* sum, int64_t first, int64_t la
     else
       std::partial_sort(all, all + s.k, all + count, Ahead{});
 
-    if (s.rest) memcpy(sum, s.sums, size * sizeof(double));
+    const bool wide = s.prompts_are == Number::f32;
+    if (s.rest && !wide) memcpy(sum, s.sums, size * sizeof(double));
     char* to = static_cast<char*>(s.tokens) + b * (s.k + s.rest) * size * bytes;
+    const char* const rows = to;
     for (int64_t i = 0; i < s.k; ++i) {
       const int64_t c = all[i].index;
       s.indices[b * s.k + i] = c;
@@ -312,14 +333,17 @@ inline void pick_some(const Selection& s, double* sum, int64_t first, int64_t la
       for (int64_t l = 0; l < s.L; ++l, to += s.E * bytes)
         memcpy(to, static_cast<const char*>(s.prompts) + (c * s.prompt_entry + l * s.prompt_row) * bytes,
                s.E * bytes);
-      if (s.rest) add_prompts(s, c, sum, -1);
+      if (s.rest && !wide) add_prompts(s, c, sum, -1);
     }
     if (!s.rest) continue;
+    if (wide) {
+      write_mean(s, reinterpret_cast<const float*>(rows), reinterpret_cast<float*>(to));
+      continue;
+    }
     const int64_t at = (b * (s.k + 1) + s.k) * size;
     switch (s.prompts_are) {
       case Number::bf16: write_mean<ToBf16>(s, sum, at); break;
-      case Number::f16: write_mean<ToF16>(s, sum, at); break;
-      default: write_mean<ToF32>(s, sum, at);
+      default: write_mean<ToF16>(s, sum, at);
     }
   }
 }

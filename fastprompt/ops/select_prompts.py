@@ -193,8 +193,10 @@ def select_prompts(
     if query.dtype == torch.float64 or backend == "reference":
         return reference.select_prompts(query, keys, prompts, k, rest=rest, key_scale=key_scale)
     adds_mean = rest is not None and k < len(keys)
-    arguments = distinct(query, keys, prompts, k, adds_mean, key_scale, total, backend)
-    return _SelectPrompts.apply(*arguments)
+    arguments = (query, keys, prompts, k, adds_mean, key_scale, total, backend)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, prompts)):
+        return _SelectPrompts.apply(*distinct(*arguments))
+    return torch.ops.fastprompt.select_prompts(*arguments)
 
 
 def sum_of(prompts: Tensor) -> Tensor:
