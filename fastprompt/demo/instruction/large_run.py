@@ -117,7 +117,7 @@ def _step_with_all(
     art: Artwork, batch, recipe: Recipe, cache: str | None, images: int = 4
 ) -> float:
     """Seconds of a step with every class as a token: of a few images, times the batch over them."""
-    model, _ = art.model(torch.arange(len(art.emoji.names)), 0, cache)
+    model, _ = art.model(torch.arange(len(art.emoji.names)), 0, cache, train_k=None)
     times = []
     for _ in range(2):
         pixels, labels, _ = batch(images)
@@ -134,7 +134,7 @@ def all_or_some(
     chosen = torch.arange(len(art.emoji.names))[:: len(art.emoji.names) // classes][:classes]
     rows = {}
     ways = {
-        "all": {},
+        "all": dict(train_k=None),
         "by score": dict(train_k=TRAIN_K),
         "at random": dict(train_k=TRAIN_K, train_others="random"),
     }
