@@ -1,24 +1,17 @@
-"""Compile every kernel of `select_prompts` for the cards we serve: see compile_targets."""
+"""Compile the kernels of `select_prompts` and `cosine_logits` for the cards we serve.
 
-import re
-import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+See compile_targets.
+"""
+
 from typing import NamedTuple
 
 import torch
-from compile_targets import (
-    LOCAL_LIMIT,
-    SMEM_LIMIT,
-    STACK_LIMIT,
-    CompileOnly,
-    Recorder,
-    local_share,
-    tool,
-)
+from compile_targets import SMEM_LIMIT, CompileOnly, Recorder, compile_all, described
 from triton.runtime import driver
 
+from fastprompt.ops import cosine_logits_triton as cosines
 from fastprompt.ops import select_prompts_triton as launcher
+from fastprompt.ops.cosine_logits import MOST_CHANNELS
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 INT8 = torch.int8
@@ -61,6 +54,27 @@ CASES = [
     Case(FP32, FP32, FP32, 1024, 5000, 64, D=515),
     Case(FP16, BF16, FP32, 1024, 1000, 16),
     Case(FP32, FP64, BF16, 1024, 1000, 16),
+    Case(BF16, FP32, FP32, 32, 1000, 16, E=0, rest="none"),  # classes kept in training
+]
+
+
+class Cosines(NamedTuple):
+    cls: torch.dtype
+    tokens: torch.dtype
+    C: int
+    D: int
+    gap: int = 0  # between rows
+
+
+# one token a program and many, widths that are powers of two and are not, unaligned rows
+COSINES = [
+    Cosines(BF16, BF16, 1, 8),
+    Cosines(BF16, BF16, 37, 384),
+    Cosines(FP16, FP16, 1000, 768, gap=1),
+    Cosines(FP32, FP32, 37, 768),
+    Cosines(FP32, BF16, 102, 1024),
+    Cosines(BF16, BF16, 37, MOST_CHANNELS),
+    Cosines(FP32, FP32, 5, MOST_CHANNELS - 3, gap=2),
 ]
 
 
@@ -75,44 +89,33 @@ def launch(case: Case):
     launcher.forward(query, keys, prompts, case.k, case.rest != "none", scale, total)
 
 
-def compile_case(sm: int, case: Case) -> list[str]:
+def compile_case(sm: int, case: Case | Cosines) -> list[str]:
     """One line for each kernel; those over a limit end in what they are over."""
     built = []
     driver.set_active(CompileOnly(sm))
+    if isinstance(case, Cosines):
+        _record(cosines, ("forward_kernel", "backward_kernel"), built)
+        row = torch.empty(2, case.C, case.D + case.gap, dtype=case.tokens)[..., : case.D]
+        cls = torch.empty(2, case.D, dtype=case.cls)
+        cosines.forward(cls, row)
+        cosines.backward(torch.empty(2, case.C), cls, row)
+        return described(sm, case, built)
     launcher.capability = lambda device: sm
     launcher.processors = lambda device: 132
-    for name in ("rank_kernel", "gather_kernel"):
-        kernel = getattr(launcher, name)
-        kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
-        setattr(launcher, name, Recorder(kernel, built))
+    _record(launcher, ("rank_kernel", "gather_kernel"), built)
     launch(case)
+    return described(sm, case, built)
 
-    lines = []
-    for name, sizes, done in built:
-        usage = tool("cuobjdump", "-res-usage", done.asm["cubin"])
-        registers, stack = (int(re.search(rf"{w}:(\d+)", usage)[1]) for w in ("REG", "STACK"))
-        shared = done.metadata.shared
-        local = local_share(tool("cuobjdump", "-sass", done.asm["cubin"])) if stack else 0.0
-        limits = [
-            ("bytes shared", shared, SMEM_LIMIT[sm]),
-            ("bytes stack", stack, STACK_LIMIT),
-            ("local share", local, LOCAL_LIMIT),
-        ]
-        over = [f"OVER {limit} {what}" for what, got, limit in limits if got > limit]
-        lines.append(
-            f"sm_{sm} {name} {sizes}: {registers} registers, {shared} bytes shared, "
-            f"{stack} stack, {local:.1%} local; {case} {' '.join(over)}"
-        )
-    return lines
+
+def _record(module, names: tuple[str, ...], built: list) -> None:
+    for name in names:
+        kernel = getattr(module, name)
+        kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
+        setattr(module, name, Recorder(kernel, built))
 
 
 def main():
-    jobs = [(sm, case) for sm in SMEM_LIMIT for case in CASES]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        lines = [line for done in pool.map(compile_case, *zip(*jobs, strict=True)) for line in done]
-    print("\n".join(lines))
-    if any("OVER" in line for line in lines):
-        sys.exit("\n".join(line for line in lines if "OVER" in line))
+    compile_all(compile_case, [(sm, case) for sm in SMEM_LIMIT for case in (*CASES, *COSINES)])
 
 
 if __name__ == "__main__":

@@ -194,22 +194,22 @@ def compile_case(sm: int, case: Case) -> list[str]:
         kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
         setattr(prompt_attention_triton, f"{name}_kernel", Recorder(kernel, built))
     launch(case)
+    return described(sm, case, built)
 
+
+def described(sm: int, case: NamedTuple, built: list) -> list[str]:
     lines = []
     for name, sizes, done in built:
         usage = tool("cuobjdump", "-res-usage", done.asm["cubin"])
         registers, stack = (int(re.search(rf"{w}:(\d+)", usage)[1]) for w in ("REG", "STACK"))
         shared = done.metadata.shared
         local = local_share(tool("cuobjdump", "-sass", done.asm["cubin"])) if stack else 0.0
-        over = [
-            f"OVER {limit} {what}"
-            for what, got, limit in [
-                ("bytes shared", shared, SMEM_LIMIT[sm]),
-                ("bytes stack", stack, STACK_LIMIT),
-                ("local share", local, LOCAL_LIMIT),
-            ]
-            if got > limit
+        limits = [
+            ("bytes shared", shared, SMEM_LIMIT[sm]),
+            ("bytes stack", stack, STACK_LIMIT),
+            ("local share", local, LOCAL_LIMIT),
         ]
+        over = [f"OVER {limit} {what}" for what, got, limit in limits if got > limit]
         lines.append(
             f"sm_{sm} {name} {sizes}: {registers} registers, {shared} bytes shared, "
             f"{stack} stack, {local:.1%} local; {case} {' '.join(over)}"
@@ -217,14 +217,19 @@ def compile_case(sm: int, case: Case) -> list[str]:
     return lines
 
 
-def main():
-    jobs = [(sm, case) for sm, cases in CASES.items() for case in cases]
-    jobs.sort(key=lambda job: job[1].dtype != FP32)  # the slowest first
+def compile_all(compile_case, jobs: list[tuple[int, NamedTuple]]) -> None:
+    """Prints a line for each kernel; exits with those over a limit, if any."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         lines = [line for done in pool.map(compile_case, *zip(*jobs, strict=True)) for line in done]
     print("\n".join(lines))
     if any("OVER" in line for line in lines):
         sys.exit("\n".join(line for line in lines if "OVER" in line))
+
+
+def main():
+    jobs = [(sm, case) for sm, cases in CASES.items() for case in cases]
+    jobs.sort(key=lambda job: job[1].dtype != FP32)  # the slowest first
+    compile_all(compile_case, jobs)
 
 
 if __name__ == "__main__":

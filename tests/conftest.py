@@ -22,6 +22,7 @@ NEEDS = {
     "test_native.py": "hypothesis",
     "test_prompt_attention_fuzz.py": "hypothesis",
     "test_demo_parts.py": "PIL",
+    "test_instruction_demo.py": "matplotlib",
 }
 collect_ignore = [file for file, package in NEEDS.items() if find_spec(package) is None]
 

@@ -1,13 +1,14 @@
-"""Small encoders for tests: one with nothing in it, and tiny random CLIPs as files on disk."""
+"""Small encoders for tests, one with nothing in it and tiny random CLIPs as files, and models."""
 
 import json
 from pathlib import Path
 
+import tiny
 import torch
 import transformers as tf
 from torch import nn
 
-from fastprompt.instruction import Encoder
+from fastprompt.instruction import Encoder, InstructionViT
 
 SIDE = 16  # pixels
 
@@ -78,3 +79,22 @@ def open_clip_files(folder: Path) -> tuple[Path, Path]:
     model = open_clip.CLIP(**OPEN_CLIP)
     save_file({n: t.contiguous() for n, t in model.state_dict().items()}, weights)
     return config, weights
+
+
+NAMES = ["cat", "dog", "owl", "fox", "bee", "elk", "yak"]
+
+
+def images(n=4, seed=1, dtype=torch.float32):
+    return torch.randn(n, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def exemplars(classes=7):
+    return [images(2 + i % 2, seed=100 + i) for i in range(classes)]
+
+
+def build(backbone=tiny.vit, classes=NAMES, encoder=None, images=None, **options):
+    torch.manual_seed(0)
+    model = InstructionViT(backbone(), encoder or ToyEncoder(), **options)
+    wanted = options.get("kind") in ("image", "mixed")
+    model.set_classes(classes, exemplars(len(classes)) if wanted and images is None else images)
+    return model

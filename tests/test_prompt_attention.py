@@ -165,24 +165,6 @@ def test_two_runs_agree_bit_for_bit(backend):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_triton_shares_out_long_prompts_too(monkeypatch):
-    """Two blocks of prompts in four shares each; usually one of the numbers is 1."""
-    from fastprompt.ops import prompt_attention_triton as launcher
-
-    monkeypatch.setattr(launcher, "processors", lambda device: 64)
-    whole = launcher._shares
-
-    def more(*given):
-        _, items, _ = whole(*given)
-        return items, items, 1
-
-    monkeypatch.setattr(launcher, "_shares", more)
-    inputs = make((4, 1, 1, 9, 9, 60, 16))
-    grad = torch.randn(4, 1, 9, 16, device=DEVICE)
-    ours = partial(prompt_attention, backend="triton")
-    assert_as_accurate(ours, reference.prompt_attention, inputs, grad)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_element_is_written(backend, monkeypatch):
     """With memory that starts as NaN, an element left unwritten shows."""

@@ -156,3 +156,21 @@ def test_refusals_say_what_was_wanted_and_what_came():
         refused(r"cu_seqlens_q: want 0 .. 6 in rising order, got \[0, 4, 2\]", packed, **wrong)
         fewer = dict(cu_seqlens_q=ints(0, 4, 6), cu_seqlens_k=ints(0, 2, 6))
         refused("as many keys as queries in every sequence", packed, causal=True, **fewer)
+
+
+def test_triton_shares_out_long_prompts_too(monkeypatch):
+    """Two blocks of prompts in four shares each; usually one of the numbers is 1."""
+    from fastprompt.ops import prompt_attention_triton as launcher
+
+    monkeypatch.setattr(launcher, "processors", lambda device: 64)
+    whole = launcher._shares
+
+    def more(*given):
+        _, items, _ = whole(*given)
+        return items, items, 1
+
+    monkeypatch.setattr(launcher, "_shares", more)
+    inputs = make(4, 9, 9, torch.float32, sets=0, Hq=1, Hkv=1, P=60)
+    grad = torch.randn(4, 1, 9, 16, device=DEVICE)
+    ours = partial(prompt_attention, backend="triton")
+    assert_as_accurate(ours, reference.prompt_attention, inputs, grad)

@@ -15,6 +15,7 @@ from fastprompt.ops import reference
 from fastprompt.ops.layout import distinct
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MOST_CHANNELS = 8192  # that a program of the Triton kernels holds of a row
 BACKENDS = ("auto", "triton", "plain", "reference")
 
 # ---- op: schema, fake, dispatch ----
@@ -37,7 +38,7 @@ def _gradients(dout, cls, tokens, backend):
 
 
 def _by_triton(cls: Tensor, tokens: Tensor, backend: str) -> bool:
-    if tokens.numel() == 0 or tokens.ndim == 2:
+    if tokens.numel() == 0 or tokens.ndim == 2 or tokens.shape[2] > MOST_CHANNELS:
         return False
     return backend == "triton" or (backend == "auto" and cls.device.type == "cuda")
 

@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ELEMENTS = 8192  # that a program holds: 64 registers a thread of 128
+_ELEMENTS = 8192  # that a program holds: 32 registers a thread of 256
+
+
+@triton.jit
+def _place(C, BLOCK_C: tl.constexpr):
+    """This program's sample, and its tokens."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    return b, tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
 
 
 @triton.jit
@@ -18,8 +26,7 @@ def _load(
     D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """CLS [BLOCK_D] and tokens [BLOCK_C, BLOCK_D], zeros past C and D, and their cosines' parts."""
-    b = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b, c = _place(C, BLOCK_C)
     i = tl.arange(0, BLOCK_D)
     cls = tl.load(cls_ptr + b * cls_row + i, mask=i < D, other=0.0).to(tl.float32)
     at = tokens_ptr + b * tokens_sample + c.to(tl.int64)[:, None] * tokens_row + i[None, :]
@@ -34,7 +41,7 @@ def _factor(square):
     return tl.where(square - square == 0, factor, float("nan"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def forward_kernel(
     cls_ptr, tokens_ptr, out_ptr, C, cls_row, tokens_sample, tokens_row,
     D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -43,11 +50,11 @@ def forward_kernel(
         cls_ptr, tokens_ptr, C, cls_row, tokens_sample, tokens_row, D, BLOCK_C, BLOCK_D
     )
     cosines = tl.sum((cls * cls_factor)[None, :] * tokens, 1) * factors
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * C + c, cosines, mask=c < C)
+    b, c = _place(C, BLOCK_C)
+    tl.store(out_ptr + b * C + c, cosines, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def backward_kernel(
     cls_ptr, tokens_ptr, dout_ptr, dcls_ptr, dtokens_ptr, C, cls_row, tokens_sample, tokens_row,
     D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -56,8 +63,7 @@ def backward_kernel(
     cls, tokens, cls_factor, factors = _load(
         cls_ptr, tokens_ptr, C, cls_row, tokens_sample, tokens_row, D, BLOCK_C, BLOCK_D
     )
-    b = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b, c = _place(C, BLOCK_C)
     i = tl.arange(0, BLOCK_D)
     # a bad row counts as one of length 0 here: what is not asked for must not make others NaN
     cls_fine, fine = cls_factor == cls_factor, factors == factors
@@ -68,8 +74,8 @@ def backward_kernel(
     dout = tl.load(dout_ptr + b * C + c, mask=c < C, other=0.0)
     dcls = tl.sum(dout[:, None] * (tokens - cosines[:, None] * cls[None, :]), 0) * cls_factor
     dtokens = dout[:, None] * (cls[None, :] - cosines[:, None] * tokens) * factors[:, None]
-    at = b * tl.num_programs(1) + tl.program_id(1)
-    tl.store(dcls_ptr + at * D + i, dcls, mask=i < D)
+    share = tl.program_id(0).to(tl.int64)
+    tl.store(dcls_ptr + share * D + i, dcls, mask=i < D)
     rows = dtokens_ptr + (b * C + c)[:, None] * D + i[None, :]
     tl.store(
         rows, dtokens.to(dtokens_ptr.dtype.element_ty), mask=(c < C)[:, None] & (i < D)[None, :]
@@ -90,17 +96,17 @@ def backward(dout: Tensor, cls: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]
     dtokens = torch.empty_like(tokens, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(cls):
         grid, arguments, blocks = _launch(cls, tokens)
-        shares = cls.new_empty(*grid, cls.shape[1], dtype=torch.float32)
+        shares = cls.new_empty(len(cls), grid[0] // len(cls), cls.shape[1], dtype=torch.float32)
         backward_kernel[grid](
             cls, tokens, dout.float().contiguous(), shares, dtokens, *arguments, **blocks
         )
     return shares.sum(1).to(cls.dtype), dtokens
 
 
-def _launch(cls: Tensor, tokens: Tensor) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
+def _launch(cls: Tensor, tokens: Tensor) -> tuple[tuple[int], tuple[int, ...], dict[str, int]]:
     B, C, D = tokens.shape
     width = triton.next_power_of_2(D)
     count = max(1, min(_ELEMENTS // width, triton.next_power_of_2(C)))
     arguments = (C, cls.stride(0), *tokens.stride()[:2])
-    blocks = dict(D=D, BLOCK_C=count, BLOCK_D=width, num_warps=4 if width <= _ELEMENTS else 8)
-    return (B, triton.cdiv(C, count)), arguments, blocks
+    blocks = dict(D=D, BLOCK_C=count, BLOCK_D=width, num_warps=8)
+    return (B * triton.cdiv(C, count),), arguments, blocks
