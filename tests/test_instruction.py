@@ -170,12 +170,13 @@ def test_an_untrained_head_says_so():
     model = build().eval()
     with pytest.warns(UserWarning, match="head that was never trained"):
         model(images())
-    trained = build()
-    trained(images(), torch.tensor([0, 1, 2, 3]))
-    trained.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        trained(images())
+    for trained in (build(), model):  # having been asked before is no hindrance
+        trained.train()(images(), torch.tensor([0, 1, 2, 3]))
+        trained.eval()
+        assert trained.heads["default"].has_trained
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trained(images())
 
 
 @pytest.mark.parametrize("others", ["score", "random"])

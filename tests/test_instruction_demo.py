@@ -151,10 +151,15 @@ def test_every_kind_is_built_and_trains(tiny_backbone):
         assert len(history.losses) == 3 and history.accuracy == {0: 0.5, 3: 0.5}
         scores, _ = learning.logits(model, data[0], None, size=3)
         assert scores.shape == (8, 4) and scores.isfinite().all()
-    text = models.build("text", Toy(), names, exemplars, "a {class}").tasks["default"].rows
-    shuffled = models.build("text shuffled", Toy(), names, exemplars, "a {class}")
-    torch.manual_seed(0)
-    assert shuffled.tasks["default"].rows.shape == text.shape
+    encoder, rows = Toy(), {}
+    for kind in ("text", "text shuffled", "random rows"):
+        model = models.build(kind, encoder, names, exemplars, "a {class}")
+        prompts = model.tasks["default"]
+        rows[kind] = prompts.rows.detach()
+        assert torch.allclose(prompts.keys, rows[kind][:, 0], atol=1e-6)  # chosen by what is shown
+        assert torch.allclose(rows[kind].norm(dim=-1), torch.ones(4, 1), atol=1e-5)
+    assert torch.equal(rows["text shuffled"], rows["text"].roll(1, 0))
+    assert not torch.allclose(rows["random rows"], rows["text"], atol=0.1)
 
 
 def test_the_small_parts_from_end_to_end(tiny_backbone, tmp_path, monkeypatch):

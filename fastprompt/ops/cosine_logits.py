@@ -58,7 +58,7 @@ def _backward(dout, cls, tokens, backend):
         return triton.backward(dout, cls, tokens)
     c, c_factor, _ = reference.unit_rows(cls)
     t, t_factor, _ = reference.unit_rows(tokens)
-    s = reference.cosine_logits(c, t, 1.0)
+    s = c @ t.mT if t.ndim == 2 else (t @ c[..., None]).squeeze(-1)
     pull = dout * s  # along the row itself, where a longer row changes nothing
     # a row of length 0 has no direction to be turned from: no gradient to it, nor by it
     c_lives, t_lives = c_factor > 0, (t_factor > 0).squeeze(-1)

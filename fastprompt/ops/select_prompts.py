@@ -106,9 +106,9 @@ class _SelectPrompts(torch.autograd.Function):
 
 
 def _prompts_gradient(dtokens, indices, C, rest):
-    """[C, E] float32."""
+    """[C, E] in float32 or wider."""
     k = indices.shape[1]
-    rows = dtokens.flatten(2).float()
+    rows = dtokens.flatten(2).to(torch.promote_types(dtokens.dtype, torch.float32))
     chosen = rows[:, :k]
     if not rest:
         return _summed(chosen, indices, rows.new_zeros(C, rows.shape[2]))

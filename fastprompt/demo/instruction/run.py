@@ -51,9 +51,8 @@ def main(arguments: list[str]) -> None:
     with console.status("emoji artwork: downloading, converting, encoding"):
         art = Artwork(_some(emoji.load(cache), given.classes), encoder)
     steps = lambda n: max(2, round(n * given.length))  # noqa: E731
-    ridge_on_all = torch.arange(len(art.emoji.names))
     if {"small", "adapt"} & set(given.parts):
-        art.fit(ridge_on_all)
+        art.fit(torch.arange(len(art.emoji.names)))
         with console.status("the small task"):
             bench = small_run.Bench(encoder, given.train, given.test, cache)
     if "small" in given.parts:
