@@ -23,7 +23,7 @@ def test_the_loss_is_the_papers(kind):
     assert model(pixels, labels).to_tuple()[0] == model(pixels, labels, details=True).loss
     assert len(model(pixels, labels).to_tuple()) == 2  # Trainer gathers whatever is given
     out = model(pixels, labels, details=True)
-    rows = model.projection(model.tasks["default"].rows)
+    rows = model.gain * model.projection(model.tasks["default"].rows)
     cls, outputs = model.backbone(pixels, rows.flatten(0, 1)[None])
     outputs = outputs.view(4, len(NAMES), -1, 32).mean(2)
     cosine = F.cosine_similarity(cls[:, None], outputs, dim=-1) / 0.2
@@ -76,6 +76,43 @@ def test_no_prompts_at_all():
         model(images(), predict="cosine")
 
 
+def test_release_gives_the_modules_back():
+    backbone, encoder = tiny.vit().train(), ToyEncoder().train()
+    backbone.vit.layernorm.weight.requires_grad_(False)
+    backbone.vit.embeddings.eval()
+    parts = (backbone, encoder)
+    before = [(p.requires_grad, p.clone()) for m in parts for p in m.parameters()]
+    modes = [x.training for m in parts for x in m.modules()]
+    model = InstructionViT(backbone, encoder).eval()
+    model.set_classes(NAMES)
+    model(images(), predict="cosine")
+    assert not any(p.requires_grad for m in parts for p in m.parameters())
+    model.release()
+    after = [(p.requires_grad, p) for m in parts for p in m.parameters()]
+    assert all(a == b and torch.equal(p, q) for (a, p), (b, q) in zip(before, after, strict=True))
+    assert modes == [x.training for m in parts for x in m.modules()]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("width", [24, 48])  # below and above the backbone's
+def test_classes_enter_with_the_norm_of_the_backbones_own_tokens(scale, width):
+    model = build(classes=[f"class {i}" for i in range(64)], encoder=ToyEncoder(width),
+                  token_scale=scale, train_k=None, top_k=None)  # fmt: skip
+    entered = []
+    first = model.backbone.model.vit.layers[0]
+    first.register_forward_pre_hook(lambda _, given: entered.append(given[0]))
+    with torch.no_grad():
+        model(images())
+        rows = model._project(model.tasks["default"])
+    norms = entered[0].norm(dim=-1)
+    own, ours = norms[:, 65:].mean(), norms[:, 1:65].mean()
+    assert 0.8 * scale < ours / own < 1.25 * scale
+    if width <= 32:  # the map is orthogonal: angles are those of the encoder's space
+        keys = model.tasks["default"].keys
+        got = F.normalize(rows[:, 0], dim=-1)
+        assert torch.allclose(got @ got.mT, keys @ keys.mT, atol=1e-5)
+
+
 # ---- selection ----
 
 
@@ -85,7 +122,7 @@ def test_validation_sees_the_chosen_and_the_mean_of_the_rest():
     with torch.no_grad():
         out = model(pixels, details=True)
         query = model.encoder.encode_images(pixels)
-        rows = model.projection(model.tasks["default"].rows)
+        rows = model.gain * model.projection(model.tasks["default"].rows)
         keys = model.tasks["default"].keys
         order = F.cosine_similarity(query[:, None], keys, dim=-1).argsort(descending=True)[:, :3]
         assert (out.indices == order).all()
@@ -272,6 +309,7 @@ REFUSED = {
     "top_k": (dict(top_k=0), "top_k: want a whole number of at least 1"),
     "train_k": (dict(train_k=2.5), "train_k: want a whole number"),
     "temperature": (dict(temperature=0), "temperature: want a number above 0, got 0"),
+    "token_scale": (dict(token_scale=0), "token_scale: want a number above 0, got 0"),
     "order": (dict(token_order="last"), "token_order: want one of"),
     "projection": (dict(projection=False), "projection: want one from 24 to 32"),
     "templates": (dict(templates="a {class}"), "templates: want a list"),

@@ -47,6 +47,10 @@ def test_a_4bit_backbone(tmp_path):
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(images()).logits, first)
+    product = low.vit.layers[0].attention.q_proj
+    assert "forward" in vars(product)
+    model.release()
+    assert "forward" not in vars(product)
 
 
 def test_trainer_needs_nothing_else(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from encoders import build, images
 from torch.nn.parallel import DistributedDataParallel
 
 import fastprompt
@@ -50,3 +51,56 @@ def test_torch_compile_of_a_patched_model(name):
     torch.testing.assert_close(loss, want[0])
     for key, gradient in gradients.items():
         torch.testing.assert_close(gradient, want[1][key])
+
+
+# ---- Instruction-ViT ----
+
+LABELS = torch.tensor([0, 6, 3, 3])
+
+
+def instructed(model, wrapped):
+    """The loss, and every gradient of what trains; none is left."""
+    loss = wrapped(images(), LABELS).loss
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("options", [dict(), dict(train_k=3), dict(features="encoder")], ids=str)
+def test_ddp_around_instruction_vit(options, one_process):
+    model = build(kind="mixed", **options).train()
+    want = instructed(model, model)
+    wrapped = DistributedDataParallel(model)
+    for _ in range(2):
+        torch.testing.assert_close(instructed(model, wrapped), want)
+
+
+def test_ddp_with_several_tasks_and_one_a_batch(one_process):
+    model = build().train()
+    model.set_classes(["red", "blue"], task="colours")
+    batches, want = (("default", LABELS), ("colours", LABELS % 2)), {}
+    for task, labels in batches:
+        model(images(), labels, task=task).loss.backward()
+        want[task] = model.tasks[task].rows.grad.clone()
+        model.zero_grad()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    for task, labels in batches * 2:
+        wrapped(images(), labels, task=task).loss.backward()
+        torch.testing.assert_close(model.tasks[task].rows.grad, want[task])
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(train_k=3), dict(top_k=3)], ids=str)
+def test_torch_compile_of_instruction_vit(options):
+    model = build(kind="mixed", **options).train()
+    want = instructed(model, model)
+    torch._dynamo.reset()
+    torch.testing.assert_close(instructed(model, torch.compile(model, backend="aot_eager")), want)
+    model.eval()
+    with torch.no_grad():
+        logits = model(images()).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager")
+        for _ in range(2):
+            torch.testing.assert_close(compiled(images()).logits, logits)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastprompt.instruction.model import InstructionViT
 
 FILE = "instruction.safetensors"
-FORMAT = 1
+FORMAT = 2  # 1 had no gain
 OPTIONS = ("alignment", "temperature", "train_k", "train_others", "top_k", "predict")  # to know
 
 
@@ -96,9 +96,10 @@ def load(model: "InstructionViT", folder: str | Path) -> None:
 
 
 def _own(model: "InstructionViT") -> dict[str, Tensor]:
-    """What trains, and all of the tasks, by name."""
+    """What trains, the gain that it trained with, and all of the tasks, by name."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own |= {f"heads.{name}": t for name, t in model.heads.state_dict(keep_vars=True).items()}
+    own["gain"] = model.gain
     return own | {f"tasks.{name}": t for name, t in model.tasks.state_dict(keep_vars=True).items()}
 
 
