@@ -90,9 +90,16 @@ def test_augmented_pictures_are_pictures():
 def test_digits_stand_in_for_fashion(monkeypatch, tmp_path):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(small, "FASHION", tmp_path / "none")
-    data = small.load(50, 20)
+    data = small.load(50, 30, 20)
     assert data.name == "digits" and data.train.images.shape == (50, 3, 8, 8)
-    assert len(data.test.labels) == 20 and data.train.images.max() <= 1
+    assert len(data.validation.labels) == 30 and len(data.test.labels) == 20
+    assert data.train.images.max() <= 1
+    most = small.load(5000, 500, 1000)
+    every = torch.cat([part.images for part in most[3:]]).flatten(1)
+    assert len(every) == 1797 and len(most.test.labels) == 400  # all, and none twice
+    from sklearn.datasets import load_digits
+
+    assert every[:, :64].sum() * 16 == pytest.approx(load_digits().images.sum())
 
 
 def test_baselines_find_what_is_there():
@@ -101,6 +108,17 @@ def test_baselines_find_what_is_there():
     x = torch.randn(3, 8)[labels] * 3 + torch.randn(60, 8) * 0.3
     for way in (learning.linear_probe, learning.nearest_prototype):
         assert learning.accuracy(way(x[:30], labels[:30], x[30:], 3), labels[30:]) == 1
+
+
+def test_a_recipe_names_every_parameter_once(tiny_backbone):
+    exemplars = [torch.randn(2, 24) for _ in range(4)]
+    recipe = Recipe(head_lr=1.0, projection_lr=2.0, prompt_lr=3.0)
+    for kind, rates in (("none", [1.0]), ("mixed", [1.0, 2.0, 3.0]), ("VPT", [1.0, 3.0])):
+        model = models.build(kind, Toy(), ["a", "b", "c", "d"], exemplars, "a {class}")
+        groups = recipe.groups(model)
+        assert [group["lr"] for group in groups] == rates
+        got = [id(p) for group in groups for p in group["params"]]
+        assert sorted(got) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
 def test_the_fitted_map_brings_images_to_their_texts():
@@ -171,6 +189,9 @@ def test_the_small_parts_from_end_to_end(tiny_backbone, tmp_path, monkeypatch):
     scores = parts["kinds"]["scores"]
     assert {*models.KINDS, "linear probe", "nearest prototype"} <= set(scores)
     assert len(parts["kinds"]["similarity"]) == 10 and len(scores["mixed"]["all"]) == 2
+    monkeypatch.setattr(small_run, "CANDIDATES", dict(list(small_run.CANDIDATES.items())[-2:]))
+    tried = small_run.recipes(bench, 2, ("none", "mixed"), said.append)
+    assert set(tried["mixed"]) == {"token scale 0.5", "token scale 2"}
     parts["adapting"] = small_run.adapting(bench, recipe, (1, 2), said.append)
     assert set(parts["adapting"]["curves"]["text"]) == {0, 2}
     plots.draw(parts, tmp_path)
@@ -188,7 +209,7 @@ def test_the_large_parts_from_end_to_end(tiny_backbone, tmp_path):
     assert len(art.new) == 4 and not set(art.new.tolist()) & set(art.base.tolist())
     said, recipe = [], Recipe(steps=2, batch=4)
     parts = dict(selection=large_run.selecting(art, recipe, (None, 3, 1), 10, None, said.append))
-    assert list(parts["selection"]["by_k"]) == ["all", 3, 1] and len(said) == 3
+    assert list(parts["selection"]["by_k"]) == ["all", 3, 1] and len(said) == 4
     some = large_run.all_or_some(art, recipe, 18, None, said.append)
     assert set(some) == {"all", "by score", "at random"}
     found = large_run.base_and_new(art, recipe, None, said.append)

@@ -84,6 +84,12 @@ def selecting(
     model, batch = art.model(everything, 0, cache, train_k=TRAIN_K)
     history = learning.train(model, lambda _: batch(recipe.batch), recipe)
     tested, rows = everything[:: max(1, len(everything) // images)][:images], {}
+    keys = model.tasks["default"].keys
+    by_encoder = {
+        name: accuracy(normalize(art.encoder.mapped(seen[tested]), dim=-1) @ keys.mT, tested)
+        for name, seen in art.seen.items()
+    }
+    say("the encoder alone: " + ", ".join(f"{a} {b:.3f}" for a, b in by_encoder.items()))
     for k in ks:
         row = {}
         for name in art.pixels:
@@ -103,7 +109,7 @@ def selecting(
             f"an image (and {row['ms_encoding']:.1f} to encode it)"
         )
     return dict(
-        classes=len(everything), tested=len(tested), by_k=rows,
+        classes=len(everything), tested=len(tested), by_k=rows, encoder_alone=by_encoder,
         step_seconds=dict(
             train_k=history.seconds / recipe.steps,
             all=_step_with_all(art, batch, recipe, cache),

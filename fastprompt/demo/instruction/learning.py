@@ -13,17 +13,33 @@ from fastprompt.instruction import InstructionViT
 
 # pixels, labels, and what gives the encoder's features, where the model selects by them
 Batch = tuple[Tensor, Tensor, Callable[[], Tensor] | None]
+PROMPTS = (".rows", "fastprompt.tokens")  # how their parameters' names end
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW with warm-up and cosine decay; rows of class prompts and the rest apart."""
+    """AdamW with warm-up and cosine decay; head, projection and prompts apart."""
 
     steps: int = 150
     batch: int = 32
-    lr: float = 2e-2  # projection and head
+    head_lr: float = 2e-2
+    projection_lr: float = 1e-3
     prompt_lr: float = 5e-3
-    weight_decay: float = 1e-2
+    weight_decay: float = 1e-2  # of head and projection
+
+    def groups(self, model: nn.Module) -> list[dict]:
+        """What of the model wants gradients, as an optimiser takes it."""
+        rates = dict(head=self.head_lr, projection=self.projection_lr, prompts=self.prompt_lr)
+        parts: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                part = "prompts" if name.endswith(PROMPTS) else name.partition(".")[0]
+                parts[part if part in parts else "head"].append(p)
+        return [
+            dict(params=own, lr=rates[name],
+                 weight_decay=0.0 if name == "prompts" else self.weight_decay)
+            for name, own in parts.items() if own
+        ]  # fmt: skip
 
 
 @dataclass
@@ -44,15 +60,8 @@ def train(
     **options: object,
 ) -> History:
     """Train whatever of the model wants gradients; ``watch`` is asked at the steps ``watched``."""
-    history, rows = History(), {id(p) for n, p in model.named_parameters() if n.endswith(PROMPTS)}
-    free = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        dict(params=[p for p in free if id(p) in rows], lr=recipe.prompt_lr, weight_decay=0.0),
-        dict(params=[p for p in free if id(p) not in rows], lr=recipe.lr),
-    ]
-    optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], weight_decay=recipe.weight_decay
-    )
+    history = History()
+    optimizer = torch.optim.AdamW(recipe.groups(model))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=max(recipe.steps, 2),
         pct_start=0.1, cycle_momentum=False,
@@ -74,9 +83,6 @@ def train(
         history.losses.append(loss.item())
         history.seconds += time.perf_counter() - started
     return history
-
-
-PROMPTS = (".rows", "fastprompt.tokens")
 
 
 @torch.no_grad()

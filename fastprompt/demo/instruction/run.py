@@ -21,7 +21,7 @@ from fastprompt.demo.instruction.encoder import DualEncoder
 from fastprompt.demo.instruction.large_run import Artwork, all_or_some, base_and_new, selecting
 from fastprompt.demo.instruction.learning import Recipe
 
-PARTS = ("small", "large", "adapt")
+PARTS = ("recipe", "small", "large", "adapt")
 
 
 def main(arguments: list[str]) -> None:
@@ -51,14 +51,17 @@ def main(arguments: list[str]) -> None:
     with console.status("emoji artwork: downloading, converting, encoding"):
         art = Artwork(_some(emoji.load(cache), given.classes), encoder)
     steps = lambda n: max(2, round(n * given.length))  # noqa: E731
-    if {"small", "adapt"} & set(given.parts):
+    if {"recipe", "small", "adapt"} & set(given.parts):
         art.fit(torch.arange(len(art.emoji.names)))
         with console.status("the small task"):
             bench = small_run.Bench(encoder, given.train, given.test, cache)
+    if "recipe" in given.parts:
+        kinds = ("none", "mixed", "VPT")
+        part("recipes", lambda: small_run.recipes(bench, steps(100), kinds, say))
     if "small" in given.parts:
         part("kinds", lambda: small_run.kinds(bench, Recipe(steps(100)), given.seeds, say))
     if "adapt" in given.parts:
-        shots = (1, 2, 4, 8, 16) if given.length >= 3 else (1, 4, 16)
+        shots = (1, 2, 4, 8, 16)
         part("adapting", lambda: small_run.adapting(bench, Recipe(steps(300)), shots, say))
     if "large" in given.parts:
         ks = (None, 64, 16, 4, 1)
@@ -82,7 +85,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fastprompt.demo instruction-vit", description=__doc__
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[1:]))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--length", type=float, default=1.0, help="times as many steps")
     parser.add_argument("--train", type=int, default=2000, help="images of the small task")

@@ -32,18 +32,21 @@ class Small(NamedTuple):
     names: list[str]
     template: str
     train: Split
+    validation: Split  # what recipes are picked on
     test: Split
 
 
-def load(train: int, test: int) -> Small:
-    """The first images of a fixed shuffle, `train` and `test` of them.
+def load(train: int, validation: int, test: int) -> Small:
+    """The first images of a fixed shuffle, so many of each; no two splits share one.
 
     Raises:
         ImportError: neither data set is installed.
     """
     if FASHION.is_dir():
-        parts = [_fashion("train", train), _fashion("t10k", test)]
-        return Small("Fashion-MNIST", CLOTHES, "a photo of a {class}.", *parts)
+        known = _cut(_fashion("train", train + validation), train, validation)
+        return Small(
+            "Fashion-MNIST", CLOTHES, "a photo of a {class}.", *known, _fashion("t10k", test)
+        )
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -53,10 +56,16 @@ def load(train: int, test: int) -> Small:
         ) from error
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().div(16)[:, None].expand(-1, 3, -1, -1)
-    whole, order = Split(images, torch.from_numpy(digits.target).long()), _order(len(images))
-    cut = min(train, len(images) - 500)
-    parts = [whole.part(order[:cut]), whole.part(order[cut : cut + test])]
-    return Small("digits", DIGITS, "a photo of the number {class}.", *parts)
+    whole = Split(images, torch.from_numpy(digits.target).long()).part(_order(len(images)))
+    test, validation = min(test, 400), min(validation, 200)  # there are 1,797
+    train = min(train, len(images) - test - validation)
+    splits = _cut(whole, train, validation, test)
+    return Small("digits", DIGITS, "a photo of the number {class}.", *splits)
+
+
+def _cut(whole: Split, *sizes: int) -> list[Split]:
+    places = torch.arange(sum(sizes)).split(sizes)
+    return [whole.part(own) for own in places]
 
 
 def _fashion(split: str, count: int) -> Split:

@@ -13,6 +13,19 @@ from fastprompt.demo.instruction.pixels import normalised
 from fastprompt.instruction import InstructionViT
 
 SHOTS = 16  # exemplars a class
+VALIDATION = 500  # images
+# what recipes were picked among: changes to `Recipe`, and options of the model
+CANDIDATES: dict[str, tuple[dict, dict]] = {
+    "default": ({}, {}),
+    "head lr / 4": (dict(head_lr=5e-3), {}),
+    "prompt lr * 4": (dict(prompt_lr=2e-2), {}),
+    "prompt lr / 4": (dict(prompt_lr=1.25e-3), {}),
+    "alignment 0": ({}, dict(alignment=0.0)),
+    "alignment 1": ({}, dict(alignment=1.0)),
+    "temperature 0.1": ({}, dict(temperature=0.1)),
+    "token scale 0.5": ({}, dict(token_scale=0.5)),
+    "token scale 2": ({}, dict(token_scale=2.0)),
+}
 WATCHED = (0, 10, 30, 100, 300, 1000)
 
 
@@ -21,8 +34,9 @@ class Bench:
 
     def __init__(self, encoder: DualEncoder, train: int, test: int, cache: str | None):
         self.encoder, self.cache = encoder, cache
-        self.data = small.load(train, test)
+        self.data = small.load(train, VALIDATION, test)
         self.train_pixels = normalised(self.data.train.images)
+        self.validation_pixels = normalised(self.data.validation.images)
         self.test_pixels = normalised(self.data.test.images)
         self.seen = encoder.seen(self.train_pixels), encoder.seen(self.test_pixels)
         self.classes = len(self.data.names)
@@ -57,10 +71,13 @@ class Bench:
         *,
         places: Tensor | None = None,
         watched: tuple[int, ...] = (),
-        watch_images: int = 500,
+        validating: bool = False,
         **options: object,
     ) -> tuple[torch.nn.Module, learning.History, float]:
-        """A model of the kind, trained and tested: (model, history, accuracy)."""
+        """A model of the kind, trained and tested: (model, history, accuracy).
+
+        validating: test on the images that recipes are picked on.
+        """
         torch.manual_seed(seed)
         shots = SHOTS if places is None else max(1, len(places) // self.classes)
         exemplars = [self.encoder.mapped(self.seen[0][own]) for own in self.shots(shots)]
@@ -74,13 +91,16 @@ class Bench:
             chosen = among[drawn]
             return self.train_pixels[chosen], self.data.train.labels[chosen], None
 
-        def score(count: int) -> float:
-            got, _ = learning.logits(model, self.test_pixels[:count], None)
-            return accuracy(got, self.data.test.labels[:count])
+        pixels, labels = self.test_pixels, self.data.test.labels
+        if validating:
+            pixels, labels = self.validation_pixels, self.data.validation.labels
+
+        def score() -> float:
+            return accuracy(learning.logits(model, pixels, None)[0], labels)
 
         model.train()
-        history = learning.train(model, batch, recipe, lambda: score(watch_images), watched)
-        return model, history, score(len(self.test_pixels))
+        history = learning.train(model, batch, recipe, score, watched)
+        return model, history, score()
 
     def similarity(self, model: InstructionViT) -> list[list[float]]:
         """Mean cosine of CLS, for the test images of each class, to each prompt's output."""
@@ -114,6 +134,21 @@ def kinds(bench: Bench, recipe: Recipe, seeds: int, say: Callable[[str], None]) 
         data=bench.data.name, names=bench.data.names, scores=rows, step_seconds=seconds,
         similarity=similarity,
     )  # fmt: skip
+
+
+def recipes(
+    bench: Bench, steps: int, kinds: tuple[str, ...], say: Callable[[str], None]
+) -> dict[str, dict[str, float]]:
+    """Accuracy on the images kept for this, of each kind by each of `CANDIDATES`; one seed."""
+    found: dict[str, dict[str, float]] = {}
+    for name, (changes, options) in CANDIDATES.items():
+        for kind in kinds:
+            own = {} if kind in ("none", "VPT") else options
+            recipe = Recipe(steps, **changes)
+            _, _, got = bench.run(kind, recipe, 0, validating=True, **own)
+            found.setdefault(kind, {})[name] = got
+        say(f"{name}: " + ", ".join(f"{kind} {found[kind][name]:.3f}" for kind in kinds))
+    return found
 
 
 def adapting(
