@@ -1,6 +1,7 @@
-"""The memory that results have: [B, rows, heads, d], so that a caller's reshape is free."""
+"""Memory: how results lie ([B, rows, heads, d], so that a reshape is free), and views as rows."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,3 +24,43 @@ def distinct(*arguments: object) -> Iterator[object]:
             x = x.view_as(x) if any(x is other for other in seen) else x
             seen.append(x)
         yield x
+
+
+class Rows(NamedTuple):
+    """Tensors of one shape as rows for a kernel: their leading axes, merged into three."""
+
+    sizes: tuple[int, int, int]
+    strides: tuple[tuple[int, int, int], ...]  # of each tensor, in elements
+
+    @property
+    def count(self) -> int:
+        n0, n1, n2 = self.sizes
+        return n0 * n1 * n2
+
+
+def rows_of(*tensors: Tensor) -> Rows:
+    """Rows along the last axis. Axes that adjoin in every one of the tensors become one.
+
+    Raises:
+        ValueError: more than three are left (a kernel takes no more).
+    """
+    sizes: list[int] = []
+    strides: list[list[int]] = [[] for _ in tensors]
+    for axis, n in enumerate(tensors[0].shape[:-1]):
+        if n == 1:  # a stride along one element means nothing, and may be anything
+            continue
+        own = [t.stride(axis) for t in tensors]
+        if sizes and all(s[-1] == n * o for s, o in zip(strides, own, strict=True)):
+            sizes[-1] *= n
+            for s, o in zip(strides, own, strict=True):
+                s[-1] = o
+            continue
+        sizes.append(n)
+        for s, o in zip(strides, own, strict=True):
+            s.append(o)
+    if len(sizes) > 3:
+        shapes = ", ".join(f"{list(t.shape)} with strides {t.stride()}" for t in tensors)
+        raise ValueError(f"want leading axes that merge into three, got {shapes}")
+    missing = 3 - len(sizes)
+    n0, n1, n2 = [1] * missing + sizes
+    return Rows((n0, n1, n2), tuple((*[0] * missing, *s) for s in strides))
