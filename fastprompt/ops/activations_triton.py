@@ -33,8 +33,12 @@ def _activation(x, KIND: tl.constexpr):
             # 2 sqrt(2/pi) = 1.5957691216057308; times 0.044715 and 3 in the slope
             inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
             slope = 1.5957691216057308 + 0.21406444881780073 * x * x
-        share = 1.0 / (1.0 + tl.exp(-inner))
-        slope = share * (1.0 - share) * slope
+        # the smaller of the two shares to its own last digit, and no exponential overflows
+        small = tl.exp(-tl.abs(inner))
+        large = 1.0 / (1.0 + small)
+        small *= large
+        share = tl.where(inner < 0, small, large)
+        slope *= small * large
     return x * share, share + x * slope
 
 

@@ -33,16 +33,13 @@ def check_backend(backend: str, device: torch.device) -> None:
         )
 
 
-def check_floats(**tensors: Tensor | None) -> None:
-    """Each (None apart) floating, all of one dtype and device, each with a contiguous last axis."""
-    first, like = None, None
+def check_floats(**tensors: Tensor) -> None:
+    """Each floating with a contiguous last axis, all of the first's dtype and device."""
+    first, like = next(iter(tensors.items()))
     for name, x in tensors.items():
-        if x is None:
-            continue
         if not isinstance(x, Tensor) or x.dtype not in FLOATS:
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name}: want a tensor of one of {[*FLOATS]}, got {got}")
-        first, like = first or name, x if like is None else like
         if x.dtype != like.dtype or x.device != like.device:
             want = f"{like.dtype} on {like.device}, as {first}"
             raise ValueError(f"{name}: want {want}; got {x.dtype} on {x.device}")
@@ -55,10 +52,8 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: want {list(shape)}, got {list(x.shape)}")
 
 
-def check_frozen(name: str, x: Tensor | None, shape: tuple[int, ...], device) -> None:
+def check_frozen(name: str, x: Tensor, shape: tuple[int, ...], device) -> None:
     """A parameter that gets no gradient: of the shape, on the device, contiguous, any float."""
-    if x is None:
-        return
     check_floats(**{name: x})
     check_shape(name, x, shape)
     if x.requires_grad:

@@ -193,13 +193,15 @@ def layer_norm(
         ValueError: a shape, stride, dtype or device that the op does not serve, or a weight or
             bias that trains.
     """
-    check_floats(x=x, residual=residual)
+    check_floats(x=x)
     check_backend(backend, x.device)
     if x.ndim == 0:
         raise ValueError("x: want [..., D], got a single number")
-    check_frozen("weight", weight, x.shape[-1:], x.device)
-    check_frozen("bias", bias, x.shape[-1:], x.device)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            check_frozen(name, parameter, x.shape[-1:], x.device)
     if residual is not None:
+        check_floats(x=x, residual=residual)
         check_shape("residual", residual, x.shape)
     if by_reference(x, backend):
         return reference.layer_norm(x, weight, bias, eps, residual=residual)

@@ -206,12 +206,13 @@ def rms_norm(
         ValueError: a shape, stride, dtype or device that the op does not serve, or a weight that
             trains.
     """
-    check_floats(x=x, residual=residual)
+    check_floats(x=x)
     check_backend(backend, x.device)
     if x.ndim == 0:
         raise ValueError("x: want [..., D], got a single number")
     check_frozen("weight", weight, x.shape[-1:], x.device)
     if residual is not None:
+        check_floats(x=x, residual=residual)
         check_shape("residual", residual, x.shape)
     if by_reference(x, backend):
         options = dict(offset=offset, cast_first=cast_first)
