@@ -141,6 +141,8 @@ def _dense_dtype(weight: Tensor | tuple[Tensor, Any]) -> torch.dtype:
 def _check_scales(w: Packed, in_triton: bool) -> None:
     """That a kernel which trusts its sizes reads nothing past an end."""
     size = w.blocksize
+    if size < 1 or w.blocksize2 < 1:
+        raise ValueError(f"weight: want a blocksize of at least 1, got {size} and {w.blocksize2}")
     if in_triton and (size & (size - 1) or not 32 <= size <= 4096):
         raise ValueError(f"weight: want a blocksize of a power of two, 32 to 4096; got {size}")
     blocks = -(w.rows * w.columns // -size)
