@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastprompt.ops import reference
 from fastprompt.ops.checks import by_reference, by_triton, check_backend, check_floats, check_shape
+from fastprompt.ops.layout import placed
 
 # as torch names them -> as `activations_triton` does
 KINDS = {"none": "gelu", "tanh": "gelu_tanh", "quick": "gelu_quick"}
@@ -25,16 +26,17 @@ def forward(
     x: Tensor, approximate: str = "none", *, out: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
     """As `gelu`, whose checks it leaves out; ``out`` (any strides) may be x itself."""
-    y = x.new_empty(x.shape) if out is None else out
-    check_shape("out", y, x.shape)
+    if out is not None:
+        check_shape("out", out, x.shape)
     if by_triton(x, backend):
         from fastprompt.ops import activations_triton as triton
 
+        y = x.new_empty(x.shape) if out is None else out
         triton.forward(x, None, KINDS[approximate], y)
         return y
     if approximate == "quick":
-        return torch.mul(x, torch.sigmoid(1.702 * x), out=y)
-    return y.copy_(F.gelu(x, approximate=approximate))
+        return placed((1.702 * x).sigmoid_().mul_(x), out, x.dtype)
+    return placed(F.gelu(x, approximate=approximate), out, x.dtype)
 
 
 def backward(
@@ -46,17 +48,18 @@ def backward(
     backend: str = "auto",
 ) -> Tensor:
     """dx; ``out`` (any strides) may be dy or x itself."""
-    dx = x.new_empty(x.shape) if out is None else out
-    check_shape("out", dx, x.shape)
+    if out is not None:
+        check_shape("out", out, x.shape)
     if by_triton(x, backend):
         from fastprompt.ops import activations_triton as triton
 
+        dx = x.new_empty(x.shape) if out is None else out
         triton.backward(dy, x, None, KINDS[approximate], dx, None)
         return dx
-    if approximate != "quick":
-        return dx.copy_(torch.ops.aten.gelu_backward(dy, x, approximate=approximate))
-    # silu of 1.702 x, divided by 1.702: the slope is silu's
-    return dx.copy_(torch.ops.aten.silu_backward(dy, 1.702 * x))
+    if approximate == "quick":
+        # silu of 1.702 x, divided by 1.702: the slope is silu's
+        return placed(torch.ops.aten.silu_backward(dy, 1.702 * x), out, x.dtype)
+    return placed(torch.ops.aten.gelu_backward(dy, x, approximate=approximate), out, x.dtype)
 
 
 # ---- op: schema, fake, autograd ----

@@ -23,7 +23,7 @@ from fastprompt.ops.checks import (
     check_out,
     check_shape,
 )
-from fastprompt.ops.layout import distinct
+from fastprompt.ops.layout import distinct, placed
 
 # ---- without autograd: what a hand-written backward calls ----
 
@@ -44,8 +44,8 @@ def forward(
     ``out`` takes y and ``total`` takes h: contiguous, and each may be x or residual (if that is
     not wanted later, and not both the same). Else as `layer_norm`, whose checks it leaves out.
     """
-    y = x.new_empty(x.shape) if out is None else out
-    check_out("out", y, x)
+    if out is not None:
+        check_out("out", out, x)
     h = x
     if residual is not None:
         h = x.new_empty(x.shape) if total is None else total
@@ -53,6 +53,7 @@ def forward(
     if _by_triton(x, backend):
         from fastprompt.ops import norms_triton as triton
 
+        y = x.new_empty(x.shape) if out is None else out
         mean, rstd = x.new_empty(2, *x.shape[:-1], 1, dtype=torch.float32)
         total = None if residual is None else h
         triton.forward(x, residual, weight, bias, eps, 0.0, False, y, total, mean, rstd)
@@ -62,8 +63,8 @@ def forward(
     wide = torch.promote_types(h.dtype, torch.float32)
     weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
     # torch's statistics are then float32 too: of 16-bit rows it keeps 16-bit ones
-    normed, mean, rstd = torch.native_layer_norm(h.to(wide), h.shape[-1:], weight, bias, eps)
-    return y.copy_(normed), h, mean, rstd
+    y, mean, rstd = torch.native_layer_norm(h.to(wide), h.shape[-1:], weight, bias, eps)
+    return placed(y, out, h.dtype), h, mean, rstd
 
 
 def backward(
@@ -82,18 +83,19 @@ def backward(
     h, mean and rstd as `forward` gave them; dh is the gradient that h gets elsewhere (the stream
     that goes past the norm). ``out`` is contiguous and may be dy, dh or h.
     """
-    dx = h.new_empty(h.shape) if out is None else out
-    check_out("out", dx, h)
+    if out is not None:
+        check_out("out", out, h)
     if _by_triton(h, backend):
         from fastprompt.ops import norms_triton as triton
 
+        dx = h.new_empty(h.shape) if out is None else out
         triton.backward(dy, h, weight, mean, rstd, dh, 0.0, dx)
         return dx
     wide, parts = rstd.dtype, (True, False, False)  # nothing for weight and bias
     weight = weight if weight is None else weight.to(wide)
     inputs = (dy.to(wide), h.to(wide), h.shape[-1:], mean, rstd, weight, None, parts)
     g = torch.ops.aten.native_layer_norm_backward(*inputs)[0]
-    return dx.copy_(g if dh is None else g.add_(dh))
+    return placed(g if dh is None else g.add_(dh), out, h.dtype)
 
 
 def _by_triton(x: Tensor, backend: str) -> bool:

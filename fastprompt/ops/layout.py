@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -24,6 +25,11 @@ def distinct(*arguments: object) -> Iterator[object]:
             x = x.view_as(x) if any(x is other for other in seen) else x
             seen.append(x)
         yield x
+
+
+def placed(result: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``result`` in the memory given, or contiguous in ``dtype``: no copy where it is already."""
+    return result.to(dtype).contiguous() if out is None else out.copy_(result)
 
 
 class Rows(NamedTuple):

@@ -25,7 +25,7 @@ from fastprompt.ops.checks import (
     check_out,
     check_shape,
 )
-from fastprompt.ops.layout import distinct
+from fastprompt.ops.layout import distinct, placed
 
 # ---- without autograd: what a hand-written backward calls ----
 
@@ -47,8 +47,8 @@ def forward(
     ``out`` takes y and ``total`` takes h: contiguous, and each may be x or residual (if that is
     not wanted later, and not both the same). Else as `rms_norm`, whose checks it leaves out.
     """
-    y = x.new_empty(x.shape) if out is None else out
-    check_out("out", y, x)
+    if out is not None:
+        check_out("out", out, x)
     h = x
     if residual is not None:
         h = x.new_empty(x.shape) if total is None else total
@@ -57,6 +57,7 @@ def forward(
     if _by_triton(x, backend):
         from fastprompt.ops import norms_triton as triton
 
+        y = x.new_empty(x.shape) if out is None else out
         rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         total = None if residual is None else h
         triton.forward(x, residual, weight, None, eps, offset, first, y, total, None, rstd)
@@ -68,7 +69,7 @@ def forward(
     z = wide * rstd
     if first:
         z = z.to(h.dtype)
-    return y.copy_(z * _factor(weight, offset, z.dtype)), h, rstd
+    return placed(z * _factor(weight, offset, z.dtype), out, h.dtype), h, rstd
 
 
 def backward(
@@ -87,17 +88,18 @@ def backward(
     h and rstd as `forward` gave them; dh is the gradient that h gets elsewhere (the stream that
     goes past the norm). ``out`` is contiguous and may be dy, dh or h.
     """
-    dx = h.new_empty(h.shape) if out is None else out
-    check_out("out", dx, h)
+    if out is not None:
+        check_out("out", out, h)
     if _by_triton(h, backend):
         from fastprompt.ops import norms_triton as triton
 
+        dx = h.new_empty(h.shape) if out is None else out
         triton.backward(dy, h, weight, None, rstd, dh, offset, dx)
         return dx
     g = dy * _factor(weight, offset, rstd.dtype)
     along = (g * h).sum(-1, keepdim=True).mul_(rstd.square() / max(1, h.shape[-1]))
     g.sub_(along * h).mul_(rstd)
-    return dx.copy_(g if dh is None else g.add_(dh))
+    return placed(g if dh is None else g.add_(dh), out, h.dtype)
 
 
 def _factor(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from fastprompt.ops.checks import (
     check_floats,
     check_shape,
 )
-from fastprompt.ops.layout import distinct
+from fastprompt.ops.layout import distinct, placed
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -37,14 +37,15 @@ def forward(
     backend: str = "auto",
 ) -> Tensor:
     """As `swiglu`, whose checks it leaves out; ``out`` (any strides) may be gate or up itself."""
-    y = gate.new_empty(gate.shape) if out is None else out
-    check_shape("out", y, gate.shape)
+    if out is not None:
+        check_shape("out", out, gate.shape)
     if by_triton(gate, backend):
         from fastprompt.ops import activations_triton as triton
 
+        y = gate.new_empty(gate.shape) if out is None else out
         triton.forward(gate, up, activation, y)
         return y
-    return torch.mul(_active(gate, activation), up, out=y)
+    return placed(_active(gate, activation).mul_(up), out, gate.dtype)
 
 
 def backward(
