@@ -56,10 +56,10 @@ def _value(n, KIND: tl.constexpr):
 def decode_kernel(
     packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr,
     out_ptr,
-    values, blocksize2,
+    values, size, blocksize2,
     KIND: tl.constexpr, BLOCKS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS blocks of BYTES bytes, two values each."""
+    """BLOCKS blocks of BYTES bytes, two values each; there are ``size`` bytes in all."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     there = block * (2 * BYTES) < values
     scale = tl.load(absmax_ptr + block, mask=there, other=0)
@@ -68,7 +68,7 @@ def decode_kernel(
         scale *= tl.load(absmax2_ptr + block // blocksize2, mask=there, other=0.0)
         scale += tl.load(offset_ptr)
     byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-    pair = tl.load(packed_ptr + byte, mask=2 * byte < values, other=0).to(tl.int32)
+    pair = tl.load(packed_ptr + byte, mask=byte < size, other=0).to(tl.int32)
     high = _value(pair >> 4, KIND) * scale[:, None]
     low = _value(pair & 15, KIND) * scale[:, None]
     dtype = out_ptr.dtype.element_ty
@@ -85,7 +85,7 @@ def decode(w: Packed, out: Tensor) -> None:
         decode_kernel[(triton.cdiv(out.numel(), 2 * blocks * bytes_a_block),)](
             w.packed, w.absmax, w.code2, w.absmax2, w.offset,
             out,
-            out.numel(), w.blocksize2,
+            out.numel(), (out.numel() + 1) // 2, w.blocksize2,
             KIND=w.kind, BLOCKS=blocks, BYTES=bytes_a_block,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
