@@ -54,16 +54,14 @@ def forward(
         from fastprompt.ops import norms_triton as triton
 
         y = x.new_empty(x.shape) if out is None else out
-        mean, rstd = x.new_empty(2, *x.shape[:-1], 1, dtype=torch.float32)
+        mean, rstd = (x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2))
         total = None if residual is None else h
         triton.forward(x, residual, weight, bias, eps, 0.0, False, y, total, mean, rstd)
         return y, h, mean, rstd
     if residual is not None:
         torch.add(x, residual, out=h)
-    wide = torch.promote_types(h.dtype, torch.float32)
-    weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
-    # torch's statistics are then float32 too: of 16-bit rows it keeps 16-bit ones
-    y, mean, rstd = torch.native_layer_norm(h.to(wide), h.shape[-1:], weight, bias, eps)
+    rows, weight, bias = _for_torch(h, weight, bias)
+    y, mean, rstd = torch.native_layer_norm(rows, h.shape[-1:], weight, bias, eps)
     return placed(y, out, h.dtype), h, mean, rstd
 
 
@@ -91,11 +89,24 @@ def backward(
         dx = h.new_empty(h.shape) if out is None else out
         triton.backward(dy, h, weight, mean, rstd, dh, 0.0, dx)
         return dx
-    wide, parts = rstd.dtype, (True, False, False)  # nothing for weight and bias
-    weight = weight if weight is None else weight.to(wide)
-    inputs = (dy.to(wide), h.to(wide), h.shape[-1:], mean, rstd, weight, None, parts)
-    g = torch.ops.aten.native_layer_norm_backward(*inputs)[0]
+    rows, weight, _ = _for_torch(h, weight, None)
+    inputs = (dy.to(rows.dtype), rows, h.shape[-1:], mean, rstd, weight, None)
+    g = torch.ops.aten.native_layer_norm_backward(*inputs, (True, False, False))[0]  # dx alone
     return placed(g if dh is None else g.add_(dh), out, h.dtype)
+
+
+def _for_torch(
+    h: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows and parameters such that torch's statistics are float32 (of float64 rows, float64).
+
+    On the CPU 16-bit rows with float32 parameters; elsewhere torch does not take the two together.
+    """
+    wide = torch.promote_types(h.dtype, torch.float32)
+    if h.is_cpu and weight is None and h.dtype != wide:
+        weight = h.new_ones(h.shape[-1], dtype=wide)
+    weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
+    return h if h.is_cpu else h.to(wide), weight, bias
 
 
 def _by_triton(x: Tensor, backend: str) -> bool:

@@ -32,6 +32,26 @@ def placed(result: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
     return result.to(dtype).contiguous() if out is None else out.copy_(result)
 
 
+PIECE = 2**16  # elements a thread works on at a time: a core's cache holds those of a few tensors
+
+
+def pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """The same rows of each tensor, few enough for the cores' caches; all of them on a GPU.
+
+    So that torch's operations, one after the other on a piece, reach memory once and not once
+    each. All have ``first``'s shape, but for the last axis.
+    """
+    n, most = len(first) if first.ndim > 1 else 1, PIECE * torch.get_num_threads()
+    if first.is_cuda or first.numel() <= most or first.ndim == 1:
+        yield first, *others
+        return
+    step = most // (first.numel() // n)
+    for at in range(0, n, max(1, step)):
+        rows = slice(at, at + step) if step else at
+        part = tuple(t if t is None else t[rows] for t in (first, *others))
+        yield from [part] if step else pieces(*part)
+
+
 class Rows(NamedTuple):
     """Tensors of one shape as rows for a kernel: their leading axes, merged into three."""
 

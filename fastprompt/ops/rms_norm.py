@@ -25,7 +25,7 @@ from fastprompt.ops.checks import (
     check_out,
     check_shape,
 )
-from fastprompt.ops.layout import distinct, placed
+from fastprompt.ops.layout import distinct, pieces
 
 # ---- without autograd: what a hand-written backward calls ----
 
@@ -47,29 +47,29 @@ def forward(
     ``out`` takes y and ``total`` takes h: contiguous, and each may be x or residual (if that is
     not wanted later, and not both the same). Else as `rms_norm`, whose checks it leaves out.
     """
-    if out is not None:
-        check_out("out", out, x)
+    y = x.new_empty(x.shape) if out is None else out
+    check_out("out", y, x)
     h = x
     if residual is not None:
         h = x.new_empty(x.shape) if total is None else total
         check_out("total", h, x)
     first = offset == 0 if cast_first is None else cast_first
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rstd = x.new_empty(*x.shape[:-1], 1, dtype=wide)
     if _by_triton(x, backend):
         from fastprompt.ops import norms_triton as triton
 
-        y = x.new_empty(x.shape) if out is None else out
-        rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         total = None if residual is None else h
         triton.forward(x, residual, weight, None, eps, offset, first, y, total, None, rstd)
         return y, h, rstd
-    if residual is not None:
-        torch.add(x, residual, out=h)
-    wide = h.to(torch.promote_types(h.dtype, torch.float32))
-    rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    z = wide * rstd
-    if first:
-        z = z.to(h.dtype)
-    return placed(z * _factor(weight, offset, z.dtype), out, h.dtype), h, rstd
+    factor = _factor(weight, offset, x.dtype if first else wide)
+    for x_, r_, h_, y_, rstd_ in pieces(x, residual, h, y, rstd):
+        if r_ is not None:
+            torch.add(x_, r_, out=h_)
+        z = h_.to(wide)
+        z = z * rstd_.copy_(z.square().mean(-1, keepdim=True).add_(eps).rsqrt_())
+        y_.copy_((z.to(h_.dtype) if first else z) * factor)
+    return y, h, rstd
 
 
 def backward(
@@ -88,18 +88,20 @@ def backward(
     h and rstd as `forward` gave them; dh is the gradient that h gets elsewhere (the stream that
     goes past the norm). ``out`` is contiguous and may be dy, dh or h.
     """
-    if out is not None:
-        check_out("out", out, h)
+    dx = h.new_empty(h.shape) if out is None else out
+    check_out("out", dx, h)
     if _by_triton(h, backend):
         from fastprompt.ops import norms_triton as triton
 
-        dx = h.new_empty(h.shape) if out is None else out
         triton.backward(dy, h, weight, None, rstd, dh, offset, dx)
         return dx
-    g = dy * _factor(weight, offset, rstd.dtype)
-    along = (g * h).sum(-1, keepdim=True).mul_(rstd.square() / max(1, h.shape[-1]))
-    g.sub_(along * h).mul_(rstd)
-    return placed(g if dh is None else g.add_(dh), out, h.dtype)
+    factor, D = _factor(weight, offset, rstd.dtype), max(1, h.shape[-1])
+    for dy_, h_, rstd_, dh_, dx_ in pieces(dy, h, rstd, dh, dx):
+        g = dy_ * factor
+        along = (g * h_).sum(-1, keepdim=True).mul_(rstd_.square() / D)
+        g.sub_(along * h_).mul_(rstd_)
+        dx_.copy_(g if dh_ is None else g.add_(dh_))
+    return dx
 
 
 def _factor(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:

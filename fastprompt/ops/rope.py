@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastprompt.ops import reference
 from fastprompt.ops.checks import by_reference, by_triton, check_backend, check_floats, check_shape
-from fastprompt.ops.layout import distinct, in_our_layout, rows_like
+from fastprompt.ops.layout import distinct, in_our_layout, pieces, rows_like
 
 # ---- without autograd: what a hand-written backward calls ----
 
@@ -56,18 +56,18 @@ def _turn(q, k, cos, sin, back, out, backend):
         triton.turn(q, k, cos, sin, back, *out)
         return out
     wide = torch.promote_types(q.dtype, torch.float32)
-    half = cos.shape[-1] // 2
-    (c1, c2), (s1, s2) = (t[:, None].to(wide).split(half, dim=-1) for t in (cos, sin))
-    if back:
-        s1, s2 = -s2, -s1
+    angles, half = [t[:, :, None].to(wide) for t in (cos, sin)], cos.shape[-1] // 2
     for x, y in zip((q, k), out, strict=True):
-        low, high, rest = (t.to(wide) for t in x.tensor_split((half, 2 * half), dim=-1))
-        # both are made before either is written, since y may be x
-        turned = (low * c1).addcmul_(high, s1, value=-1), (high * c2).addcmul_(low, s2)
-        for part, at in zip(turned, y.tensor_split((half, 2 * half), dim=-1), strict=False):
-            at.copy_(part)
-        if y is not x:
-            y[..., 2 * half :].copy_(rest)
+        x, y = x.transpose(1, 2), y.transpose(1, 2)  # [B, N, heads, d], as they mostly lie
+        of_heads = (t.expand(*x.shape[:3], -1) for t in angles)
+        for x_, y_, cos_, sin_ in pieces(x, y, *of_heads):
+            (c1, c2), (s1, s2) = cos_.split(half, dim=-1), sin_.split(half, dim=-1)
+            if back:
+                s1, s2 = -s2, -s1
+            low, high, rest = x_.tensor_split((half, 2 * half), dim=-1)
+            # both are made before either is written, since y may be x
+            turned = (low * c1).addcmul_(high, s1, value=-1), (high * c2).addcmul_(low, s2)
+            y_[..., :half], y_[..., half : 2 * half], y_[..., 2 * half :] = *turned, rest
     return out
 
 

@@ -21,7 +21,7 @@ from fastprompt.ops.checks import (
     check_floats,
     check_shape,
 )
-from fastprompt.ops.layout import distinct, placed
+from fastprompt.ops.layout import distinct, pieces
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -37,15 +37,16 @@ def forward(
     backend: str = "auto",
 ) -> Tensor:
     """As `swiglu`, whose checks it leaves out; ``out`` (any strides) may be gate or up itself."""
-    if out is not None:
-        check_shape("out", out, gate.shape)
+    y = gate.new_empty(gate.shape) if out is None else out
+    check_shape("out", y, gate.shape)
     if by_triton(gate, backend):
         from fastprompt.ops import activations_triton as triton
 
-        y = gate.new_empty(gate.shape) if out is None else out
         triton.forward(gate, up, activation, y)
         return y
-    return placed(_active(gate, activation).mul_(up), out, gate.dtype)
+    for gate_, up_, y_ in pieces(gate, up, y):
+        torch.mul(_active(gate_, activation), up_, out=y_)
+    return y
 
 
 def backward(
@@ -72,13 +73,35 @@ def backward(
 
         triton.backward(dy, gate, up, activation, dgate, dup)
         return dgate, dup
-    pulled, active = dy * up, _active(gate, activation)
-    if activation == "silu":
-        slope = torch.ops.aten.silu_backward(pulled, gate)
-    else:
-        slope = torch.ops.aten.gelu_backward(pulled, gate, approximate="tanh")
-    torch.mul(dy, active, out=dup)
-    return dgate.copy_(slope), dup
+    for dy_, gate_, up_, dgate_, dup_ in pieces(dy, gate, up, dgate, dup):
+        # both are made before either is written, since any may be memory of an input
+        active, pulled = _active(gate_, activation), dy_ * up_
+        if activation == "silu":
+            torch.ops.aten.silu_backward.grad_input(pulled, gate_, grad_input=pulled)
+        else:
+            inputs = (pulled, gate_)
+            torch.ops.aten.gelu_backward.grad_input(*inputs, approximate="tanh", grad_input=pulled)
+        torch.mul(dy_, active, out=dup_)
+        dgate_.copy_(pulled)
+    return dgate, dup
+    for dy_, gate_, up_, dgate_, dup_ in pieces(dy, gate, up, dgate, dup):
+        pulled = dy_ * up_
+        torch.mul(dy_, _active(gate_, activation), out=dup_)
+        if activation == "silu":
+            torch.ops.aten.silu_backward.grad_input(pulled, gate_, grad_input=dgate_)
+        else:
+            inputs, kind = (pulled, gate_), dict(approximate="tanh")
+            torch.ops.aten.gelu_backward.grad_input(*inputs, **kind, grad_input=dgate_)
+    return dgate, dup
+    for dy_, gate_, up_, dgate_, dup_ in pieces(dy, gate, up, dgate, dup):
+        pulled, active = dy_ * up_, _active(gate_, activation)
+        if activation == "silu":
+            pulled = torch.ops.aten.silu_backward(pulled, gate_)
+        else:
+            pulled = torch.ops.aten.gelu_backward(pulled, gate_, approximate="tanh")
+        torch.mul(dy_, active, out=dup_)
+        dgate_.copy_(pulled)
+    return dgate, dup
 
 
 def _active(gate: Tensor, activation: str) -> Tensor:
