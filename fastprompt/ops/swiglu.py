@@ -84,24 +84,6 @@ def backward(
         torch.mul(dy_, active, out=dup_)
         dgate_.copy_(pulled)
     return dgate, dup
-    for dy_, gate_, up_, dgate_, dup_ in pieces(dy, gate, up, dgate, dup):
-        pulled = dy_ * up_
-        torch.mul(dy_, _active(gate_, activation), out=dup_)
-        if activation == "silu":
-            torch.ops.aten.silu_backward.grad_input(pulled, gate_, grad_input=dgate_)
-        else:
-            inputs, kind = (pulled, gate_), dict(approximate="tanh")
-            torch.ops.aten.gelu_backward.grad_input(*inputs, **kind, grad_input=dgate_)
-    return dgate, dup
-    for dy_, gate_, up_, dgate_, dup_ in pieces(dy, gate, up, dgate, dup):
-        pulled, active = dy_ * up_, _active(gate_, activation)
-        if activation == "silu":
-            pulled = torch.ops.aten.silu_backward(pulled, gate_)
-        else:
-            pulled = torch.ops.aten.gelu_backward(pulled, gate_, approximate="tanh")
-        torch.mul(dy_, active, out=dup_)
-        dgate_.copy_(pulled)
-    return dgate, dup
 
 
 def _active(gate: Tensor, activation: str) -> Tensor:
