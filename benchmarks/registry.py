@@ -14,6 +14,7 @@ WHERE = {  # name -> module:attribute, imported when it is asked for
     "decode_4bit": "benchmarks.decode_4bit:DECODE",
     "nf4_linear": "benchmarks.decode_4bit:PRODUCT",
     "select_prompts": "benchmarks.select_prompts:BENCHMARK",
+    "frozen_ops": "benchmarks.frozen_ops:BENCHMARK",
     "instruction_step": "benchmarks.instruction_step:BENCHMARK",
 }
 

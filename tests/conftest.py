@@ -19,6 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEEDS = {
     "test_linear4bit.py": "bitsandbytes",
     "test_nf4_linear.py": "bitsandbytes",
+    "test_dequantize_4bit.py": "bitsandbytes",
     "test_native.py": "hypothesis",
     "test_prompt_attention_fuzz.py": "hypothesis",
     "test_demo_parts.py": "PIL",

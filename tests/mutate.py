@@ -37,6 +37,16 @@ FILES = {  # file -> what selects its tests
     OPS + "prompt_attention_triton.py": TRITON,
     OPS + "prompt_attention_merge.py": "vendor",
     OPS + "products.py": "vendor",
+    OPS + "norms_triton.py": "triton and not float16 and not dtype1",
+    OPS + "activations_triton.py": "triton and not float16 and not dtype1",
+    OPS + "rope_triton.py": "triton and not float16 and not dtype1",
+    OPS + "dequantize_4bit_triton.py": "triton",
+}
+OWN_TESTS = {  # of those that TESTS are not about
+    OPS + "norms_triton.py": "tests/test_norms.py",
+    OPS + "activations_triton.py": "tests/test_activations.py",
+    OPS + "rope_triton.py": "tests/test_rope.py",
+    OPS + "dequantize_4bit_triton.py": "tests/test_dequantize_4bit.py",
 }
 SWAPS = {
     "+": "-", "-": "+", "*": "+", "//": "*", "/": "*", "%": "+", "<": "<=", "<=": "<", ">": ">=",
@@ -115,7 +125,8 @@ def survives(job: tuple[str, int, str, str]) -> bool:
         "--tb=no",
     ]
     try:
-        return pytest.main([*selection, *TESTS], plugins=[SlowLast]) != pytest.ExitCode.TESTS_FAILED
+        tests = [OWN_TESTS[file]] if file in OWN_TESTS else TESTS
+        return pytest.main([*selection, *tests], plugins=[SlowLast]) != pytest.ExitCode.TESTS_FAILED
     finally:
         shutil.rmtree(folder)
 
@@ -142,7 +153,7 @@ def main() -> None:
     with get_context("fork").Pool(given.jobs, maxtasksperchild=1) as pool:
         # unbroken, everything must pass, or nothing below means anything
         first = {f: (ROOT / f).read_text().splitlines()[0] for f in given.files}
-        whole = {FILES[f]: (f, 1, first[f], first[f]) for f in given.files}
+        whole = {(FILES[f], OWN_TESTS.get(f)): (f, 1, first[f], first[f]) for f in given.files}
         controls = pool.map_async(attempt, whole.values())
         for (file, row, old, new), word in pool.imap(attempt, jobs):
             lives += word == SURVIVED

@@ -181,6 +181,14 @@ def test_floor_is_the_one_of_the_design(monkeypatch, model, ms):
     assert floor.floor_ms(*bound, torch.bfloat16, "cuda") is None
 
 
+def test_the_parts_of_frozen_blocks(run):
+    code, written = run("frozen_ops", "--quick", "--device", "cpu")
+    assert code == 0
+    rows = {row["provider"]: row for row in written["rows"] if row["mode"] == "forward+backward"}
+    assert rows["fastprompt"]["error_over_limit"] <= 1 and rows["copy"]["unchecked"]
+    assert "liger" in rows["liger"]["reason"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_every_competitor_runs(run):

@@ -1,8 +1,26 @@
 """The kernels, each usable on its own; `reference` says what each one means."""
 
 from fastprompt.ops.cosine_logits import cosine_logits
+from fastprompt.ops.dequantize_4bit import dequantize_4bit
+from fastprompt.ops.gelu import gelu
+from fastprompt.ops.layer_norm import layer_norm
 from fastprompt.ops.nf4_linear import nf4_linear
 from fastprompt.ops.prompt_attention import prompt_attention
+from fastprompt.ops.rms_norm import rms_norm
+from fastprompt.ops.rope import rope
 from fastprompt.ops.select_prompts import select_prompts, sum_of
+from fastprompt.ops.swiglu import swiglu
 
-__all__ = ["cosine_logits", "nf4_linear", "prompt_attention", "select_prompts", "sum_of"]
+__all__ = [
+    "cosine_logits",
+    "dequantize_4bit",
+    "gelu",
+    "layer_norm",
+    "nf4_linear",
+    "prompt_attention",
+    "rms_norm",
+    "rope",
+    "select_prompts",
+    "sum_of",
+    "swiglu",
+]

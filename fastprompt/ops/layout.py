@@ -1,7 +1,9 @@
-"""The memory that results have: [B, rows, heads, d], so that a caller's reshape is free."""
+"""Memory: how results lie ([B, rows, heads, d], so that a reshape is free), and views as rows."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +25,68 @@ def distinct(*arguments: object) -> Iterator[object]:
             x = x.view_as(x) if any(x is other for other in seen) else x
             seen.append(x)
         yield x
+
+
+def placed(result: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``result`` in the memory given, or contiguous in ``dtype``: no copy where it is already."""
+    return result.to(dtype).contiguous() if out is None else out.copy_(result)
+
+
+PIECE = 2**16  # elements a thread works on at a time: a core's cache holds those of a few tensors
+
+
+def pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """The same rows of each tensor, few enough for the cores' caches; all of them on a GPU.
+
+    So that torch's operations, one after the other on a piece, reach memory once and not once
+    each. All have ``first``'s shape, but for the last axis.
+    """
+    n, most = len(first) if first.ndim > 1 else 1, PIECE * torch.get_num_threads()
+    if first.is_cuda or first.numel() <= most or first.ndim == 1:
+        yield first, *others
+        return
+    step = most // (first.numel() // n)
+    for at in range(0, n, max(1, step)):
+        rows = slice(at, at + step) if step else at
+        part = tuple(t if t is None else t[rows] for t in (first, *others))
+        yield from [part] if step else pieces(*part)
+
+
+class Rows(NamedTuple):
+    """Tensors of one shape as rows for a kernel: their leading axes, merged into three."""
+
+    sizes: tuple[int, int, int]
+    strides: tuple[tuple[int, int, int], ...]  # of each tensor, in elements
+
+    @property
+    def count(self) -> int:
+        n0, n1, n2 = self.sizes
+        return n0 * n1 * n2
+
+
+def rows_of(*tensors: Tensor) -> Rows:
+    """Rows along the last axis. Axes that adjoin in every one of the tensors become one.
+
+    Raises:
+        ValueError: more than three are left (a kernel takes no more).
+    """
+    sizes: list[int] = []
+    strides: list[list[int]] = [[] for _ in tensors]
+    for axis, n in enumerate(tensors[0].shape[:-1]):
+        if n == 1:  # a stride along one element means nothing, and may be anything
+            continue
+        own = [t.stride(axis) for t in tensors]
+        if sizes and all(s[-1] == n * o for s, o in zip(strides, own, strict=True)):
+            sizes[-1] *= n
+            for s, o in zip(strides, own, strict=True):
+                s[-1] = o
+            continue
+        sizes.append(n)
+        for s, o in zip(strides, own, strict=True):
+            s.append(o)
+    if len(sizes) > 3:
+        shapes = ", ".join(f"{list(t.shape)} with strides {t.stride()}" for t in tensors)
+        raise ValueError(f"want leading axes that merge into three, got {shapes}")
+    missing = 3 - len(sizes)
+    n0, n1, n2 = [1] * missing + sizes
+    return Rows((n0, n1, n2), tuple((*[0] * missing, *s) for s in strides))

@@ -64,7 +64,7 @@ def free_scratch() -> None:
     vars(_scratch).clear()
 
 
-def _decode_by_torch(w: Packed, dtype: torch.dtype) -> Tensor:
+def decode_by_torch(w: Packed, dtype: torch.dtype) -> Tensor:
     n = w.rows * w.columns
     absmax = w.absmax
     if w.code2 is not None:
@@ -99,7 +99,7 @@ def _decode(w: Packed, dtype: torch.dtype) -> Tensor:
     if w.packed.device.type != "cpu":
         return _decode_by_bitsandbytes(w, dtype)
     if not native.available():
-        return _decode_by_torch(w, dtype)
+        return decode_by_torch(w, dtype)
     out = _shared_buffer(w.rows, w.columns, dtype)
     return native.decode_4bit(out, w.packed, w.code, w.absmax, w.blocksize, w.nested)
 

@@ -1,5 +1,7 @@
 """What every op means, in plain PyTorch: tests trust it, float64 runs it, kernels race it."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -177,3 +179,90 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     has_length = fine & (square > 0)
     factor = torch.where(has_length, square, 1.0).rsqrt().masked_fill(~has_length, 0.0)
     return x.masked_fill(~has_length, 0.0) * factor, factor, fine
+
+
+# ---- the parts of a frozen block ----
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    offset: float = 0.0,
+    cast_first: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``x / rms(x) · (offset + weight)``, of ``x + residual`` if given; see `ops.rms_norm`."""
+    h = x if residual is None else x + residual
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if offset == 0 if cast_first is None else cast_first:
+        unit = unit.to(h.dtype)
+        factor = weight + offset if offset else weight
+    else:
+        factor = offset + weight.to(wide.dtype)
+    y = (unit * factor).to(h.dtype)
+    return y if residual is None else (y, h)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Rows of mean 0 and variance 1, times weight, plus bias; see `ops.layer_norm`."""
+    h = x if residual is None else x + residual
+    wide = torch.promote_types(h.dtype, torch.float32)
+    weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
+    y = F.layer_norm(h.to(wide), h.shape[-1:], weight, bias, eps).to(h.dtype)
+    return y if residual is None else (y, h)
+
+
+def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """``activation(gate) · up``; see `ops.swiglu`."""
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """``x · Φ(x)``, or one of its two approximations; see `ops.gelu`."""
+    return (
+        x * torch.sigmoid(1.702 * x)
+        if approximate == "quick"
+        else F.gelu(x, approximate=approximate)
+    )
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Each pair of channels (i, i + r/2) of the first r turned; see `ops.rope`."""
+    cos, sin = cos[:, None], sin[:, None]  # the same for all heads
+    turned = []
+    for x in (q, k):
+        first, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        low, high = first.chunk(2, dim=-1)
+        first = first * cos + torch.cat([-high, low], dim=-1) * sin
+        turned.append(torch.cat([first.to(x.dtype), rest], dim=-1))
+    return turned[0], turned[1]
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    code: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    nested: tuple[Tensor, Tensor, Tensor, int] | None = None,
+) -> Tensor:
+    """Value i is ``code[nibble i] · absmax[i // blocksize]``; see `ops.dequantize_4bit`."""
+    if nested is not None:
+        code2, absmax2, offset, blocksize2 = nested
+        scale2 = absmax2.repeat_interleave(blocksize2)[: absmax.numel()]
+        absmax = code2[absmax.long()] * scale2 + offset
+    nibbles = torch.stack([packed >> 4, packed & 15], dim=-1).flatten().long()
+    n = math.prod(shape)
+    values = code[nibbles[:n]] * absmax.repeat_interleave(blocksize)[:n]
+    return values.to(dtype).view(shape)
