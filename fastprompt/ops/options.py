@@ -1,7 +1,6 @@
 """What `prompt_attention` takes beside its five tensors, and what it refuses."""
 
 import os
-from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +88,7 @@ def as_number(name: str, x: Any) -> float:
 def _check_numbers(o):
     if not isinstance(o.causal, (bool, torch.SymBool)):
         raise ValueError(f"causal: want True or False, got {o.causal!r}")
-    if isinstance(o.scale, float) and not isfinite(o.scale):
+    if not -float("inf") < o.scale < float("inf"):
         raise ValueError(f"scale: want a finite number, got {o.scale}")
     if o.softcap is not None and not 0 < o.softcap < float("inf"):
         raise ValueError(f"softcap: want a finite number above 0, got {o.softcap}")
