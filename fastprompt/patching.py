@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastprompt import attention, families, hooks, linear4bit, reporting, trainer
+from fastprompt.blocks import memory as blocks_memory
+from fastprompt.blocks.frozen import Frozen
+from fastprompt.blocks.memory import Memory
 from fastprompt.families import Anatomy, Tower
 from fastprompt.families.base import join
 from fastprompt.methods import Method, default_for
@@ -34,6 +37,9 @@ class Patch:
         skipped: module name -> why it was left alone.
         backend: which implementation of `ops.prompt_attention` runs.
         pool: what chooses prompts for each sample, under L2P, DualPrompt and CODA-Prompt.
+        memory: what was asked to be kept of each block for backward.
+        memories: tower name -> what is kept there.
+        unfused: block name -> why it never runs as one node.
     """
 
     model: PreTrainedModel
@@ -43,8 +49,21 @@ class Patch:
     replaced: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     pool: Pool | None = None
+    memory: str = "auto"
+    memories: dict[str, Memory] = field(default_factory=dict)
+    unfused: dict[str, str] = field(default_factory=dict)
     _names: list[str] = field(default_factory=list)  # of the parameters that train
     _undo: list[tuple[str, Any]] = field(default_factory=list)  # newest last
+
+    @property
+    def blocks(self) -> dict[str, Frozen]:
+        """Block name -> what stands there, of the blocks that may run as one autograd node."""
+        found = {
+            block.name: vars(block.layer).get("forward")
+            for tower in self.anatomy.towers
+            for block in tower.blocks
+        }
+        return {name: block for name, block in found.items() if isinstance(block, Frozen)}
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -108,11 +127,19 @@ class Patch:
             step, what = self._undo.pop()
             _UNDO[step](what)
         self._names.clear()
+        self.memories.clear()
+        self.unfused.clear()
         self.pool = None
         self.model.__dict__.pop(ATTRIBUTE, None)
 
 
-def patch(model: PreTrainedModel, method: Method | None = None, *, backend: str = "auto") -> Patch:
+def patch(
+    model: PreTrainedModel,
+    method: Method | None = None,
+    *,
+    backend: str = "auto",
+    memory: str = "auto",
+) -> Patch:
     """Give ``model`` trainable prompts; everything that the method does not name is frozen.
 
     The model stays the same object with the same forward, masks, caches and ``generate``. Inside
@@ -125,6 +152,12 @@ def patch(model: PreTrainedModel, method: Method | None = None, *, backend: str 
         method: of `fastprompt.methods`. None picks by architecture: M2PT for a vision-language
             model, VPT-deep for a vision model, deep prompts for a language model.
         backend: of `fastprompt.ops.prompt_attention`.
+        memory: what each frozen block keeps for backward. "speed": all that saves recomputing a
+            product (at 7B in bfloat16 92 KB a token and block); "balanced": the same without the
+            MLP's hidden activations (48 KB), which are recomputed; "low": the block's input (8
+            KB), all else is recomputed; "offload": that input in the host's memory. "auto" takes
+            the fastest that fits, at the first training forward and when the tokens grow. "off"
+            runs transformers' own layers. Gradient checkpointing turns each into "low".
 
     Returns:
         The `Patch`, also kept on the model: ``.report()``, ``.trainable``, ``.undo()``.
@@ -135,6 +168,8 @@ def patch(model: PreTrainedModel, method: Method | None = None, *, backend: str 
     _check_model(model)
     if backend not in BACKENDS:
         raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {backend!r}")
+    if memory not in blocks_memory.CHOICES:
+        raise ValueError(f"memory: want one of {', '.join(blocks_memory.CHOICES)}; got {memory!r}")
     anatomy = families.anatomy(model)
     if method is not None and not isinstance(method, Method):
         raise ValueError(f"method: want one of fastprompt.methods, got {method!r}")
@@ -142,7 +177,7 @@ def patch(model: PreTrainedModel, method: Method | None = None, *, backend: str 
     method.check(anatomy)
     _check_devices(anatomy)
 
-    done = Patch(model, method, anatomy, backend)
+    done = Patch(model, method, anatomy, backend, memory=memory)
     try:
         _apply(done)
     except BaseException:
@@ -220,6 +255,8 @@ def _apply(done: Patch) -> None:
             done.skipped[block.name] = "nothing reads its output: no prompt, and not run by LLaVA"
 
     _switch_configs(done, prompted)
+    if done.memory != "off":
+        _freeze_blocks(done, prompted)
     for tower in prompted:
         _add_hooks(done, tower)
     if done.pool is not None:
@@ -299,6 +336,23 @@ def _switch_configs(done: Patch, towers: list[Tower]) -> None:
         tower.model.config._attn_implementation_internal = attention.NAME
 
 
+def _freeze_blocks(done: Patch, towers: list[Tower]) -> None:
+    """Let each block run as one autograd node, where it can."""
+    for i, tower in enumerate(towers):
+        # towers run one after another: each leaves as much to those after it as it takes
+        memory = Memory(done.memory, share=0.8 / (len(towers) - i))
+        done.memories[tower.name] = memory
+        for block in tower.blocks:
+            why = block.undescribed
+            if block.parts is not None:
+                side = vars(block.attention)[attention.ATTRIBUTE]
+                why = Frozen.put_on(block.layer, block.parts, side, memory)
+            if why:
+                done.unfused[block.name] = why
+            else:
+                done._undo.append(("block", block.layer.forward))
+
+
 def _add_hooks(done: Patch, tower: Tower) -> None:
     first, switched_on = (
         hooks.GradIntoFirstBlock(tower),
@@ -360,6 +414,7 @@ _UNDO = {
     "prompt": lambda layer: layer._modules.pop(CHILD, None),
     "side keys": lambda module: vars(module).pop(attention.ATTRIBUTE, None),
     "forward": hooks.RunIfRead.undo,
+    "block": Frozen.undo,
     "hooks": _remove,
     "trainer": trainer.detach,
 }
