@@ -16,7 +16,7 @@ from fastprompt.blocks.parts import LAYER, RMS_PLUS_ONE, Norm
 
 
 def _unit(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """(x̂, 1/σ) in float32 or wider: x̂ = x/σ with σ² = mean x² + ε, centred first for LAYER."""
+    """(x̂, 1/s) in float32 or wider: x̂ = x/s with s² = mean x² + eps, centred first for LAYER."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm.kind == LAYER:
         x = x - x.mean(-1, keepdim=True)
@@ -41,7 +41,7 @@ def normalize(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
 def normalize_backward(dy: Tensor, x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
     """dx [..., D], plus ``residual``, in the residual's dtype (without one in that of x).
 
-    g = dy · w;    dx = (g - mean(g)· - x̂ mean(g x̂)) / σ        mean(g)· for LAYER alone
+    g = dy · w;    dx = (g - mean(g)· - x̂ mean(g x̂)) / s        mean(g)· for LAYER alone
     """
     unit, inverse = _unit(x, norm)
     g = dy * _weight(norm, unit.dtype)
