@@ -79,7 +79,9 @@ class Frozen:
 
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         given = kwargs | dict(zip(self.names, args, strict=False))
-        if torch.is_grad_enabled():  # else evaluation: nothing is kept anyway
+        # without gradients nothing is kept anyway, and the layer's own forward caches and generates;
+        # but what a checkpoint recomputes with gradients must be what it ran without
+        if torch.is_grad_enabled() or self._inside_reentrant():
             reason = self._why_not(hidden_states, given)
             if not torch.compiler.is_compiling():
                 self.reason, self.ran = reason, True
@@ -151,12 +153,16 @@ class Frozen:
         if not self._checkpointed():
             return self.memory.policy(x, dtype), contextlib.nullcontext
         low = "offload" if self.memory.asked == "offload" else "low"
-        if not _CHECKPOINTS_CALLS:
-            return low, contextlib.nullcontext
-        options = getattr(self.layer._gradient_checkpointing_func, "keywords", {})
-        if options.get("use_reentrant") is not False:
+        if self._inside_reentrant():
             return "speed", contextlib.nullcontext
-        return low, _out_of_the_checkpoint
+        return low, _out_of_the_checkpoint if _CHECKPOINTS_CALLS else contextlib.nullcontext
+
+    def _inside_reentrant(self) -> bool:
+        """Whether this call comes from a reentrant checkpoint of transformers'."""
+        if not _CHECKPOINTS_CALLS or not self._checkpointed():
+            return False
+        options = getattr(self.layer._gradient_checkpointing_func, "keywords", {})
+        return options.get("use_reentrant") is not False
 
 
 def _is_fresh(cache: Any, layer: int) -> bool:
