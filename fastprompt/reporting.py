@@ -63,6 +63,8 @@ def _blocks(patch: Patch) -> list[str]:
     """How many blocks run as one autograd node, what they keep, and why others do not."""
     if patch.memory == "off":
         return ["blocks  transformers' own (memory='off')"]
+    if not patch.memories:
+        return ["blocks  transformers' own: no tower has prompts"]
     blocks, reasons = patch.blocks, dict(patch.unfused)
     reasons |= {name: why for name, block in blocks.items() if (why := block.why_not())}
     count = len(blocks.keys() - reasons.keys())

@@ -95,18 +95,18 @@ def _approximation(name: str) -> str:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """[B, N, H, d] by cos, sin [B or 1, N, r], half-split; channels past r stay as they are.
 
-    y1 = x1 cos1 - x2 sin1,    y2 = x2 cos2 + x1 sin2
+    y1 = x1 cos1 - x2 sin1,    y2 = x2 cos2 + x1 sin2        rounded to x's dtype, whatever cos's
     """
     (c1, c2), (s1, s2) = _halves(cos), _halves(sin)
     x1, x2, rest = _split(x, cos.shape[-1])
-    return torch.cat([x1 * c1 - x2 * s1, x2 * c2 + x1 * s2, *rest], dim=-1)
+    return torch.cat([x1 * c1 - x2 * s1, x2 * c2 + x1 * s2, *rest], dim=-1).to(x.dtype)
 
 
 def rotate_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """dx [B, N, H, d]:  dx1 = dy1 cos1 + dy2 sin2,    dx2 = dy2 cos2 - dy1 sin1."""
     (c1, c2), (s1, s2) = _halves(cos), _halves(sin)
     d1, d2, rest = _split(dy, cos.shape[-1])
-    return torch.cat([d1 * c1 + d2 * s2, d2 * c2 - d1 * s1, *rest], dim=-1)
+    return torch.cat([d1 * c1 + d2 * s2, d2 * c2 - d1 * s1, *rest], dim=-1).to(dy.dtype)
 
 
 def _halves(x: Tensor) -> tuple[Tensor, ...]:

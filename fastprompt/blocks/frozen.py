@@ -79,8 +79,8 @@ class Frozen:
 
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         given = kwargs | dict(zip(self.names, args, strict=False))
-        # without gradients nothing is kept anyway, and the layer's own forward caches and generates;
-        # but what a checkpoint recomputes with gradients must be what it ran without
+        # without gradients nothing is kept anyway (evaluation, generation); but what a checkpoint
+        # recomputes with gradients must be what it ran without them
         if torch.is_grad_enabled() or self._inside_reentrant():
             reason = self._why_not(hidden_states, given)
             if not torch.compiler.is_compiling():
@@ -114,10 +114,10 @@ class Frozen:
         parts, side, attention = self.parts, self.side, self.parts.attention
         dtype = parts.dtype(x)
         policy, context = self._policy(x, dtype)
+        is_causal = given.get("is_causal") if parts.hands_on else None
         masks = as_options(
-            attention, given.get("attention_mask"), given.get("is_causal"), parts.window,
-            x.shape[0], x.shape[1],
-        )  # fmt: skip
+            attention, given.get("attention_mask"), is_causal, parts.window, *x.shape[:2]
+        )
         cos, sin = given["position_embeddings"] if parts.rotary else (None, None)
         cache = self._cache(given)
         with context():

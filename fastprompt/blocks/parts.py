@@ -53,6 +53,7 @@ class Parts:
         rotary: whether the block is given ``position_embeddings`` (cos, sin).
         dropout_name, window_name: dotted, from ``attention``: the probability with which it drops
             weights in training, the sliding window's length.
+        hands_on: whether ``attention`` hands its caller's keywords on (``is_causal``).
         others: modules that the forward above covers without naming them (containers, activation).
     """
 
@@ -76,6 +77,7 @@ class Parts:
     rotary: bool = False
     dropout_name: str | None = None
     window_name: str | None = None
+    hands_on: bool = True
     others: tuple[nn.Module, ...] = ()
 
     @property

@@ -27,6 +27,7 @@ class BlockLayout:
 
     Attributes:
         layer: the class whose forward this describes.
+        hands_on: whether that module hands its caller's keywords on.
         others: containers of what is named here.
     """
 
@@ -43,6 +44,7 @@ class BlockLayout:
     scaling: str = "scaling"
     dropout: str = "attention_dropout"
     window: str | None = None
+    hands_on: bool = True
     others: tuple[str, ...] = ()
 
 
@@ -93,6 +95,7 @@ def describe(
         rotary=rotary,
         dropout_name=layout.dropout,
         window_name=layout.window,
+        hands_on=layout.hands_on,
         others=(attention, at(layout.activation), *map(at, layout.others)),
     )
 

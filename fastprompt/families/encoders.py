@@ -82,8 +82,8 @@ DINOV2 = TowerFamily(
 )
 
 
-def _clip(layer: str) -> tuple[Layout, ...]:
-    blocks = (replace(_CLIP_LAYER, layer=layer),)
+def _clip(layer: str, hands_on: bool) -> tuple[Layout, ...]:
+    blocks = (replace(_CLIP_LAYER, layer=layer, hands_on=hands_on),)
     first = Layout("encoder.layers", "self_attn", "layer_norm1", "embeddings", blocks=blocks)
     # transformers 5.17 kept the stack one module deeper
     deeper = (
@@ -93,7 +93,7 @@ def _clip(layer: str) -> tuple[Layout, ...]:
     return first, *deeper
 
 
-_CLIP, _SIGLIP = _clip("CLIPEncoderLayer"), _clip("SiglipEncoderLayer")
+_CLIP, _SIGLIP = _clip("CLIPEncoderLayer", True), _clip("SiglipEncoderLayer", False)
 
 CLIP_VISION = TowerFamily("clip", VISION, ("CLIPVisionModel", "CLIPVisionTransformer"), _CLIP)
 CLIP_TEXT = TowerFamily("clip", TEXT, ("CLIPTextModel", "CLIPTextTransformer"), _CLIP)
