@@ -18,13 +18,14 @@ class Inside:
 
     name: str
     module: nn.Module
-    children: tuple[nn.Module | None, ...]
+    children: list[nn.Module | None]
+    drops: bool  # whether it is a kind of dropout
 
 
 def inside(layer: nn.Module, ignored: nn.Module | None) -> list[Inside]:
     """The layer, named "", and every module in it but ``ignored`` (its prompt)."""
     found = [(name, m) for name, m in layer.named_modules() if m is not ignored]
-    return [Inside(name, m, tuple(m._modules.values())) for name, m in found]
+    return [Inside(name, m, [*m._modules.values()], _drops(m) is not None) for name, m in found]
 
 
 def unknown(parts: Parts, found: list[Inside]) -> str | None:
@@ -47,18 +48,23 @@ def unknown(parts: Parts, found: list[Inside]) -> str | None:
 def obstacle(parts: Parts, found: list[Inside]) -> str | None:
     """What keeps the block from running as one node at this moment; asked at every call."""
     for part in found:
-        module, own = part.module, part.name != ""
-        if tuple(module._modules.values()) != part.children:
+        module = part.module
+        own = module.__dict__  # some 400 modules are looked at in every step: no slow look-ups
+        # hooks and forward of the layer itself, the first, run around the node, as always
+        inner = part is not found[0]
+        if [*own["_modules"].values()] != part.children:
             return f"modules inside {part.name or 'it'} were replaced"
-        # hooks of the layer itself run around it, as always
-        if own and any(_active(getattr(module, hooks)) for hooks in _HOOKS):
+        if (
+            own["_forward_hooks"] or own["_forward_pre_hooks"]
+            or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        ) and inner and _hooked(module):  # fmt: skip
             return f"{part.name} has hooks"
-        if own and "forward" in vars(module) and not is_4bit(module):
+        if "forward" in own and inner and not is_4bit(module):
             return f"{part.name}'s forward was replaced"
-        for name, p in module._parameters.items():
+        for name, p in own["_parameters"].items():
             if p is not None and p.requires_grad:
-                return f"{part.name + '.' if own else ''}{name} trains"
-        if module.training and _drops(module):
+                return f"{part.name}.{name} trains".lstrip(".")
+        if part.drops and module.training and _drops(module):
             return f"dropout {_drops(module)} in training"
     if parts.attention.training and parts.attention_dropout:
         return f"attention dropout {parts.attention_dropout} in training"
@@ -84,9 +90,8 @@ def _drops(module: nn.Module) -> float | None:
     return module.p if isinstance(module, nn.Dropout) else getattr(module, "drop_prob", None)
 
 
-def _active(hooks: dict) -> bool:
-    """Whether any hook is there but transformers' own recorders, which it leaves for good on the
-    modules of a model that was asked once for its hidden states."""
-    if not hooks:
-        return False
-    return any(getattr(hook, "__module__", "") != _RECORDERS for hook in hooks.values())
+def _hooked(module: nn.Module) -> bool:
+    """Whether it has any hook but transformers' own recorders, which stay for good on the modules
+    of a model that was asked once for its hidden states."""
+    hooks = (hook for kind in _HOOKS for hook in getattr(module, kind).values())
+    return any(getattr(hook, "__module__", "") != _RECORDERS for hook in hooks)
