@@ -340,7 +340,7 @@ def _freeze_blocks(done: Patch, towers: list[Tower]) -> None:
     """Let each block run as one autograd node, where it can."""
     for i, tower in enumerate(towers):
         # towers run one after another: each leaves as much to those after it as it takes
-        memory = Memory(done.memory, share=0.8 / (len(towers) - i))
+        memory = Memory(done.memory, share=0.8 / (len(towers) - i), behind=_logits(done, tower))
         done.memories[tower.name] = memory
         for block in tower.blocks:
             why = block.undescribed
@@ -351,6 +351,13 @@ def _freeze_blocks(done: Patch, towers: list[Tower]) -> None:
                 done.unfused[block.name] = why
             else:
                 done._undo.append(("block", block.layer.forward))
+
+
+def _logits(done: Patch, tower: Tower) -> int:
+    """Bytes for each token of a language model's logits at their peak, as transformers has them:
+    in half precision, in float32, their logarithms, and the gradients of the first two."""
+    head = done.model.get_output_embeddings() if tower.kind == families.TEXT else None
+    return 16 * head.out_features if isinstance(head, nn.Linear) else 0
 
 
 def _add_hooks(done: Patch, tower: Tower) -> None:

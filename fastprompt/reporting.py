@@ -70,7 +70,10 @@ def _blocks(patch: Patch) -> list[str]:
     count = len(blocks.keys() - reasons.keys())
     lines = [f"blocks  {count} of {len(blocks.keys() | reasons.keys())} as one autograd node"]
     for name, memory in patch.memories.items():
-        if memory.blocks:
+        own = [b for b in blocks.values() if b.memory is memory]
+        if any(b.checkpointed for b in own):
+            lines.append(f"  memory  low, by gradient checkpointing  ({name or 'the model'})")
+        elif own:
             lines.append(f"  memory  {memory.describe()}  ({name or 'the model'})")
     by_reason: dict[str, list[str]] = {}
     for name, why in reasons.items():

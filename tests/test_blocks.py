@@ -172,6 +172,17 @@ def test_autocast(name, policy, dtype, kind):
         assert error < 2 * base_error + 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3", "dinov2"])
+def test_every_policy_gives_the_same_bits(name, dtype):
+    results = []
+    for policy in POLICIES:
+        model = pair(name, policy, dtype=dtype, exact=False)[0]
+        results.append(run(name, model, tiny.inputs(name, dtype)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 # ---- what is and is not computed ----
 
 
@@ -229,6 +240,7 @@ def test_checkpointing_recomputes_once(asked, reentrant, monkeypatch):
     last = counted(monkeypatch, compute, "after_mlp")
     got = run("llama", ours, given)
     assert is_fused(ours)
+    assert "memory  low, by gradient checkpointing" in fastprompt.patch_of(ours).report()
     assert all(relative(a, b) < 1e-10 for a, b in zip(got, want, strict=True))
     twice = _CHECKPOINTS_CALLS and reentrant  # that checkpoint computes the output again itself
     assert len(first) == 6 and len(last) == (6 if twice else 3)
@@ -246,6 +258,18 @@ def test_what_each_policy_recomputes(policy, products, monkeypatch):
     out.sum().backward()
     # q, k, v; o_proj; gate and up: never down_proj
     assert len(again) == 3 * products
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_an_empty_batch(name, policy):
+    model = pair(name, policy, dtype=torch.float32, exact=False)[0]
+    given = {k: v[:0] for k, v in tiny.inputs(name).items()}
+    if name == "llama":
+        given["use_cache"] = False
+    out = tiny.output(name, model, given)
+    out.sum().backward()
+    assert len(out) == 0 and is_fused(model) and not any(g.any() for g in gradients(model))
 
 
 # ---- as a part of autograd ----

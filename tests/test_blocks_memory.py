@@ -88,7 +88,7 @@ def needs(model, policy, tokens):
     blocks = fastprompt.patch_of(model).memories["model"].blocks
     each = [kept_bytes(p, policy, torch.float32, torch.float32) for p in blocks]
     one = kept_bytes(blocks[0], "speed", torch.float32, torch.float32)
-    return tokens * (sum(each) + 2 * one)
+    return tokens * (sum(each) + 2 * one + 16 * 64)  # logits of 64 words
 
 
 def test_auto_takes_the_fastest_that_fits_and_decides_again(monkeypatch):

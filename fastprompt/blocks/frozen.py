@@ -143,14 +143,16 @@ class Frozen:
 
     def _cache(self, given: dict[str, Any]) -> Any:
         """The KV cache to write to; a checkpointed layer drops it, as transformers' own does."""
-        return None if self._checkpointed() else given.get("past_key_values")
+        return None if self.checkpointed else given.get("past_key_values")
 
-    def _checkpointed(self) -> bool:
+    @property
+    def checkpointed(self) -> bool:
+        """Whether transformers' gradient checkpointing is on."""
         return getattr(self.layer, "gradient_checkpointing", False) and self.layer.training
 
     def _policy(self, x: Tensor, dtype: torch.dtype) -> tuple[str, Callable]:
         """What to keep, and the context to run in."""
-        if not self._checkpointed():
+        if not self.checkpointed:
             return self.memory.policy(x, dtype), contextlib.nullcontext
         low = "offload" if self.memory.asked == "offload" else "low"
         if self._inside_reentrant():
@@ -159,7 +161,7 @@ class Frozen:
 
     def _inside_reentrant(self) -> bool:
         """Whether this call comes from a reentrant checkpoint of transformers'."""
-        if not _CHECKPOINTS_CALLS or not self._checkpointed():
+        if not _CHECKPOINTS_CALLS or not self.checkpointed:
             return False
         options = getattr(self.layer._gradient_checkpointing_func, "keywords", {})
         return options.get("use_reentrant") is not False

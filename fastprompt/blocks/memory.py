@@ -63,19 +63,21 @@ class Memory:
     """The policy of one tower's blocks.
 
     "auto" takes, at the first training forward and again when the tokens grow, the fastest policy
-    whose bytes fit into a share of what is free then: what the blocks keep, and twice what one
-    block keeps at most, for the block that is being computed.
+    whose bytes fit into a share of what is free then: what the blocks keep, twice what one block
+    keeps at most (for the block that is being computed), and what the model makes behind them.
 
     Attributes:
         asked: of `CHOICES`.
         blocks: the blocks that may run as one node.
         share: of the free memory, the most that this tower's blocks may take.
+        behind: bytes for each token that are made behind the blocks (logits and their gradients).
         chosen, tokens, why: the last choice, for how many tokens, in words.
     """
 
     asked: str
     blocks: list[Parts] = field(default_factory=list)
     share: float = 0.8
+    behind: int = 0
     chosen: str | None = None
     tokens: int = 0
     why: str = ""
@@ -102,7 +104,7 @@ class Memory:
         last = "offload" if x.device.type == "cuda" else "low"
         for policy in POLICIES[: POLICIES.index(last) + 1]:
             each = sum(kept_bytes(p, policy, x.dtype, dtype) for p in self.blocks)
-            if policy == last or tokens * (each + 2 * one) <= self.share * free:
+            if policy == last or tokens * (each + 2 * one + self.behind) <= self.share * free:
                 break
         self.chosen = policy
         self.why = f"{_size(tokens * each)} kept for {tokens:,} tokens, {_size(free)} were free"
