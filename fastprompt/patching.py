@@ -153,7 +153,7 @@ def patch(
             model, VPT-deep for a vision model, deep prompts for a language model.
         backend: of `fastprompt.ops.prompt_attention`.
         memory: what each frozen block keeps for backward. "speed": all that saves recomputing a
-            product (at 7B in bfloat16 92 KB a token and block); "balanced": the same without the
+            product (at 7B in bfloat16 91 KB a token and block); "balanced": the same without the
             MLP's hidden activations (48 KB), which are recomputed; "low": the block's input (8
             KB), all else is recomputed; "offload": that input in the host's memory. "auto" takes
             the fastest that fits, at the first training forward and when the tokens grow. "off"
