@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastprompt import attention, families, hooks, linear4bit, reporting, trainer
-from fastprompt.blocks import memory as blocks_memory
-from fastprompt.blocks.frozen import Frozen
+from fastprompt.blocks.frozen import Frozen, freeze
+from fastprompt.blocks.memory import CHOICES as MEMORIES
 from fastprompt.blocks.memory import Memory
 from fastprompt.families import Anatomy, Tower
 from fastprompt.families.base import join
@@ -58,12 +58,9 @@ class Patch:
     @property
     def blocks(self) -> dict[str, Frozen]:
         """Block name -> what stands there, of the blocks that may run as one autograd node."""
-        found = {
-            block.name: vars(block.layer).get("forward")
-            for tower in self.anatomy.towers
-            for block in tower.blocks
-        }
-        return {name: block for name, block in found.items() if isinstance(block, Frozen)}
+        read = (block for tower in self.anatomy.towers for block in tower.blocks)
+        found = {block.name: Frozen.of(block.layer) for block in read}
+        return {name: block for name, block in found.items() if block is not None}
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -168,8 +165,8 @@ def patch(
     _check_model(model)
     if backend not in BACKENDS:
         raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {backend!r}")
-    if memory not in blocks_memory.CHOICES:
-        raise ValueError(f"memory: want one of {', '.join(blocks_memory.CHOICES)}; got {memory!r}")
+    if memory not in MEMORIES:
+        raise ValueError(f"memory: want one of {', '.join(MEMORIES)}; got {memory!r}")
     anatomy = families.anatomy(model)
     if method is not None and not isinstance(method, Method):
         raise ValueError(f"method: want one of fastprompt.methods, got {method!r}")
@@ -337,27 +334,9 @@ def _switch_configs(done: Patch, towers: list[Tower]) -> None:
 
 
 def _freeze_blocks(done: Patch, towers: list[Tower]) -> None:
-    """Let each block run as one autograd node, where it can."""
-    for i, tower in enumerate(towers):
-        # towers run one after another: each leaves as much to those after it as it takes
-        memory = Memory(done.memory, share=0.8 / (len(towers) - i), behind=_logits(done, tower))
-        done.memories[tower.name] = memory
-        for block in tower.blocks:
-            why = block.undescribed
-            if block.parts is not None:
-                side = vars(block.attention)[attention.ATTRIBUTE]
-                why = Frozen.put_on(block.layer, block.parts, side, memory)
-            if why:
-                done.unfused[block.name] = why
-            else:
-                done._undo.append(("block", block.layer.forward))
-
-
-def _logits(done: Patch, tower: Tower) -> int:
-    """Bytes for each token of a language model's logits at their peak, as transformers has them:
-    in half precision, in float32, their logarithms, and the gradients of the first two."""
-    head = done.model.get_output_embeddings() if tower.kind == families.TEXT else None
-    return 16 * head.out_features if isinstance(head, nn.Linear) else 0
+    frozen = freeze(done.model, towers, done.memory)
+    done.memories, done.unfused = frozen.memories, frozen.unfused
+    done._undo += [("block", block) for block in frozen.blocks]
 
 
 def _add_hooks(done: Patch, tower: Tower) -> None:

@@ -1,16 +1,21 @@
 """Models whose blocks run as one node, beside the same models without, for `test_blocks*.py`."""
 
 import copy
+from importlib.util import find_spec
 
+import pytest
 import tiny
 import torch
 from test_exactness import method_for
 from torch import nn
 
 import fastprompt
-from fastprompt.blocks.memory import POLICIES
+from fastprompt.blocks.memory import POLICIES as POLICIES  # tests take it from here
 
-__all__ = ["POLICIES", "gradients", "model_of", "pair", "quantize", "relative", "run"]
+
+NF4 = pytest.param(
+    "nf4", marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
+)
 
 
 def quantize(model, compute=None, nested=True):

@@ -54,7 +54,7 @@ def test_hooks_of_the_layer_itself_run_around_it(kind):
     models = pair("llama", "speed")
     for m in models:
         getattr(m.model.layers[1], kind)(HOOKS[kind])
-    unfused("llama", models, "3 of 3", count=0)
+    unfused("llama", models, "blocks  3 of 3", count=0)
     assert is_fused(models[0])
 
 
@@ -120,7 +120,15 @@ def test_modules_that_are_not_known():
     def with_another_layer(model):
         model.model.layers[1].forward = model.model.layers[1].forward
 
+    class LlamaDecoderLayer(tf.models.llama.modeling_llama.LlamaDecoderLayer):
+        def forward(self, *args, **kwargs):
+            return 2 * super().forward(*args, **kwargs)
+
+    def with_a_class_of_its_own(model):
+        model.model.layers[1].__class__ = LlamaDecoderLayer
+
     for change, reason in (
+        (with_a_class_of_its_own, "a LlamaDecoderLayer with a forward of its own"),
         (with_adapter, "self_attn.v_proj.extra is a Linear, which frozen blocks do not know"),
         (with_a_norm, "input_layernorm is a TwiceRMSNorm with a forward of its own"),
         (with_a_forward, "mlp's forward was replaced"),
@@ -175,7 +183,7 @@ def test_dropout(name, more, reason):
     assert reason in patch.report() and "blocks  0 of 3" in patch.report()
     for model in models:
         model.eval()
-    unfused(name, models, "3 of 3", count=0)
+    unfused(name, models, "blocks  3 of 3", count=0)
 
 
 def test_eager_attention():
@@ -233,7 +241,7 @@ def test_accelerate_hooks_put_on_afterwards():
     models = pair("llama", "speed")
     layer = models[0].model.layers[1]
     hooks.add_hook_to_module(layer, hooks.ModelHook())
-    unfused("llama", models, "3 of 3", count=0)
+    unfused("llama", models, "blocks  3 of 3", count=0)
     assert is_fused(models[0])
     fastprompt.patch_of(models[0]).undo()
     hooks.remove_hook_from_module(layer)

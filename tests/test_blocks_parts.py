@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastprompt.blocks import elementwise
+from fastprompt import linear4bit
+from fastprompt.blocks import elementwise, products
 from fastprompt.blocks.parts import LAYER, RMS, RMS_PLUS_ONE, Norm
 from fastprompt.blocks.products import project, project_backward
 
@@ -126,3 +127,28 @@ def test_products(bias):
         by_autograd(together, [x], torch.ones_like(wide))[0],
     )
     assert torch.equal(wide, before)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_a_4bit_product_is_computed_in(autocast, monkeypatch):
+    """The module's compute_dtype, as bitsandbytes has it; under autocast what autocast says."""
+    Linear4bit = pytest.importorskip("bitsandbytes.nn").Linear4bit
+    part = Linear4bit(64, 32, compute_dtype=torch.float32).to("cpu").requires_grad_(False)
+    linear4bit.adopt(part)
+    seen = []
+    forward, backward = products.nf4_linear, products.nf4_linear_backward
+
+    def watched(x, weight, bias, dtype):
+        seen.append(dtype)
+        return forward(x, weight, bias, dtype=dtype)
+
+    def watched_backward(dy, weight):
+        seen.append(dy.dtype)
+        return backward(dy, weight)
+
+    monkeypatch.setattr(products, "nf4_linear", watched)
+    monkeypatch.setattr(products, "nf4_linear_backward", watched_backward)
+    x, dy = torch.randn(3, 64).bfloat16(), torch.randn(3, 32).bfloat16()
+    (y,), dx = project(x, [part], autocast), project_backward([dy], [part], autocast)
+    assert y.dtype == dx.dtype == torch.bfloat16
+    assert seen == [torch.bfloat16 if autocast else torch.float32] * 2

@@ -31,13 +31,19 @@ def inside(layer: nn.Module, ignored: nn.Module | None) -> list[Inside]:
 def unknown(parts: Parts, found: list[Inside]) -> str | None:
     """What of the block the fused forward would leave out or do differently; asked once."""
     known = {id(module) for module in (*_modules(parts), *parts.others)}
-    for part in found[1:]:
+    for part in found:
         module, kind = part.module, type(part.module)
+        name = f"{part.name} is " if part.name else ""
         if "forward" in vars(module) and not is_4bit(module):
-            return f"{part.name}'s forward was replaced"
+            return f"{part.name}'s forward was replaced" if name else "its forward was replaced"
         if not _is_as_published(module):
-            return f"{part.name} is a {kind.__name__} with a forward of its own"
-        if id(module) not in known and _drops(module) is None and kind is not nn.Identity:
+            return f"{name}a {kind.__name__} with a forward of its own"
+        if (
+            part is not found[0]
+            and id(module) not in known
+            and _drops(module) is None
+            and kind is not nn.Identity
+        ):
             return f"{part.name} is a {kind.__name__}, which frozen blocks do not know"
     for part in parts.products:
         if type(part) is not nn.Linear and not is_4bit(part):

@@ -17,7 +17,7 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,12 @@ from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastprompt import recorder
-from fastprompt.attention import CHOICE, SideKeys, as_options
+from fastprompt.attention import ATTRIBUTE, CHOICE, SideKeys, as_options
 from fastprompt.blocks import checks
 from fastprompt.blocks.memory import Memory
 from fastprompt.blocks.node import frozen_block
 from fastprompt.blocks.parts import Parts
+from fastprompt.families import TEXT, Tower
 from fastprompt.ops.options import Options
 
 _CHECKPOINTS_CALLS = "__call__" in vars(GradientCheckpointingLayer)
@@ -59,8 +60,6 @@ class Frozen:
         """Take the place of ``layer.forward``. Returns why not, if the block is none of ours."""
         found = checks.inside(layer, ignored=side.prompt)
         why = checks.unknown(parts, found)
-        if "forward" in vars(layer):
-            why = "its forward was replaced"  # by accelerate's hooks, for one
         if side.previous == "eager":
             why = "eager attention, which returns its weights"
         if why is None:
@@ -68,6 +67,12 @@ class Frozen:
             layer.forward = cls(layer, parts, side, memory, found, names)
             memory.blocks.append(parts)
         return why
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "Frozen | None":
+        """What `put_on` put there, also where accelerate has hooked the layer since."""
+        found = (vars(layer).get(slot) for slot in ("forward", "_old_forward"))
+        return next((each for each in found if isinstance(each, cls)), None)
 
     def undo(self) -> None:
         layer = self.layer
@@ -165,6 +170,41 @@ class Frozen:
             return False
         options = getattr(self.layer._gradient_checkpointing_func, "keywords", {})
         return options.get("use_reentrant") is not False
+
+
+class FrozenTowers(NamedTuple):
+    """What `freeze` did."""
+
+    blocks: list[Frozen]
+    memories: dict[str, Memory]  # by the tower's name
+    unfused: dict[str, str]  # block name -> why it never runs as one node
+
+
+def freeze(model: nn.Module, towers: list[Tower], memory: str) -> FrozenTowers:
+    """Let each block of the towers, whose attention modules have their `SideKeys`, run as one
+    node, where it can. ``memory``: of `memory.CHOICES`."""
+    done = FrozenTowers([], {}, {})
+    for i, tower in enumerate(towers):
+        # towers run one after another: each leaves as much to those after it as it takes
+        share = 0.8 / (len(towers) - i)
+        own = done.memories[tower.name] = Memory(memory, share=share, behind=_logits(model, tower))
+        for block in tower.blocks:
+            why = block.undescribed
+            if block.parts is not None:
+                side = vars(block.attention)[ATTRIBUTE]
+                why = Frozen.put_on(block.layer, block.parts, side, own)
+            if why:
+                done.unfused[block.name] = why
+            else:
+                done.blocks.append(block.layer.forward)
+    return done
+
+
+def _logits(model: nn.Module, tower: Tower) -> int:
+    """Bytes for each token of a language model's logits at their peak, as transformers has them:
+    in half precision, in float32, their logarithms, and the gradients of the first two."""
+    head = model.get_output_embeddings() if tower.kind == TEXT else None
+    return 16 * head.out_features if isinstance(head, nn.Linear) else 0
 
 
 def _is_fresh(cache: Any, layer: int) -> bool:

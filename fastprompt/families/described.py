@@ -101,7 +101,7 @@ def describe(
 
 
 def _fits(layer: nn.Module, attention: nn.Module, layout: BlockLayout) -> bool:
-    if not any(c.__name__ == layout.layer for c in type(layer).__mro__):
+    if type(layer).__name__ != layout.layer:
         return False
     try:
         for root, names in ((layer, _names(layout)), (attention, _of_attention(layout))):
