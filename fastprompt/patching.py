@@ -37,8 +37,7 @@ class Patch:
         skipped: module name -> why it was left alone.
         backend: which implementation of `ops.prompt_attention` runs.
         pool: what chooses prompts for each sample, under L2P, DualPrompt and CODA-Prompt.
-        memory: what was asked to be kept of each block for backward.
-        memories: tower name -> what is kept there.
+        memory, memories: what to keep of each block for backward: as asked, and by tower.
         unfused: block name -> why it never runs as one node.
     """
 
@@ -123,9 +122,8 @@ class Patch:
         while self._undo:
             step, what = self._undo.pop()
             _UNDO[step](what)
-        self._names.clear()
-        self.memories.clear()
-        self.unfused.clear()
+        for kept in (self._names, self.memories, self.unfused):
+            kept.clear()
         self.pool = None
         self.model.__dict__.pop(ATTRIBUTE, None)
 
@@ -152,9 +150,9 @@ def patch(
         memory: what each frozen block keeps for backward. "speed": all that saves recomputing a
             product (at 7B in bfloat16 91 KB a token and block); "balanced": the same without the
             MLP's hidden activations (48 KB), which are recomputed; "low": the block's input (8
-            KB), all else is recomputed; "offload": that input in the host's memory. "auto" takes
-            the fastest that fits, at the first training forward and when the tokens grow. "off"
-            runs transformers' own layers. Gradient checkpointing turns each into "low".
+            KB); "offload": that input in the host's memory. "auto" takes the fastest that fits,
+            at the first training forward and when the tokens grow. "off" runs transformers' own
+            layers. Gradient checkpointing turns each into "low".
 
     Returns:
         The `Patch`, also kept on the model: ``.report()``, ``.trainable``, ``.undo()``.
@@ -253,7 +251,9 @@ def _apply(done: Patch) -> None:
 
     _switch_configs(done, prompted)
     if done.memory != "off":
-        _freeze_blocks(done, prompted)
+        frozen = freeze(model, prompted, done.memory)
+        done.memories, done.unfused = frozen.memories, frozen.unfused
+        done._undo += [("block", block) for block in frozen.blocks]
     for tower in prompted:
         _add_hooks(done, tower)
     if done.pool is not None:
@@ -331,12 +331,6 @@ def _switch_configs(done: Patch, towers: list[Tower]) -> None:
             # not the property: that would also switch the config's other parts
             block.attention.config._attn_implementation_internal = attention.NAME
         tower.model.config._attn_implementation_internal = attention.NAME
-
-
-def _freeze_blocks(done: Patch, towers: list[Tower]) -> None:
-    frozen = freeze(done.model, towers, done.memory)
-    done.memories, done.unfused = frozen.memories, frozen.unfused
-    done._undo += [("block", block) for block in frozen.blocks]
 
 
 def _add_hooks(done: Patch, tower: Tower) -> None:

@@ -12,7 +12,6 @@ from torch import nn
 import fastprompt
 from fastprompt.blocks.memory import POLICIES as POLICIES  # tests take it from here
 
-
 NF4 = pytest.param(
     "nf4", marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
 )
