@@ -152,13 +152,8 @@ def attention_forward(
             "output_attentions: want a model that was loaded with attn_implementation='eager' "
             f"before patching (this one had {side.previous!r})"
         )
-    if is_causal is None:
-        # a decoder can be told by its config to look both ways
-        is_causal = getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
-    causal = bool(is_causal) and query.shape[2] > 1
-    masks = _as_options(attention_mask, causal, query.shape[0], query.shape[2])
-    if attention_mask is None or attention_mask.ndim == 2:
-        masks["window"] = kwargs.get("sliding_window")  # `attention_mask` left it to us
+    window = kwargs.get("sliding_window")
+    masks = as_options(module, attention_mask, is_causal, window, query.shape[0], query.shape[2])
     if side.prompt is None and side.previous in ("eager", "sdpa"):
         rest = dict(kwargs, dropout=dropout, scaling=scaling, is_causal=is_causal)
         return _without_prompt(side.previous, module, query, key, value, masks, rest)
@@ -183,10 +178,21 @@ def attention_forward(
     return prompt_attention(*inputs, backend=side.backend, **options).transpose(1, 2), None
 
 
-def _as_options(mask: Tensor | None, causal: bool, batch: int, queries: int) -> dict:
-    """The mask as `prompt_attention` takes it."""
-    if mask is None or mask.ndim == 2:
-        return dict(causal=causal, key_mask=None if mask is None else mask.bool())
+def as_options(
+    module: nn.Module,
+    mask: Tensor | None,
+    is_causal: bool | None,
+    window: int | None,
+    batch: int,
+    queries: int,
+) -> dict:
+    """The mask that an attention module is given, as `prompt_attention` takes it."""
+    if is_causal is None:
+        # a decoder can be told by its config to look both ways
+        is_causal = getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
+    if mask is None or mask.ndim == 2:  # then `attention_mask` left the window to us
+        causal, seen = bool(is_causal) and queries > 1, None if mask is None else mask.bool()
+        return dict(causal=causal, key_mask=seen, window=window)
     if queries == 1 and mask.dtype == torch.bool and mask.shape[1] == 1:
         seen = mask[:, 0, 0].expand(batch, -1)
         return dict(causal=False, key_mask=seen)  # decoding with a static cache

@@ -29,17 +29,12 @@ class Product:
         module = self.module
         if x.device.type != "cpu":
             return type(module).forward(module, x)
-        if not module.compute_type_is_set:  # bitsandbytes infers it from the first input
-            module.set_compute_type(x)
-            module.compute_type_is_set = True
-        weight, bias = module.weight, module.bias
-        # under FSDP2 the weight is a plain Parameter and the module alone has the state
-        state = getattr(weight, "quant_state", None) or module.quant_state
-        inside = x if module.compute_dtype is None else x.to(module.compute_dtype)
+        weight, dtype = opened(module, x)
+        bias, inside = module.bias, x.to(dtype)
         if bias is None or not bias.requires_grad:
-            y = nf4_linear(inside, (weight, state), bias)
+            y = nf4_linear(inside, weight, bias)
         else:
-            y = nf4_linear(inside, (weight, state))
+            y = nf4_linear(inside, weight)
             y = y + bias.to(y.dtype)
         return y.to(x.dtype)
 
@@ -55,6 +50,17 @@ class Product:
                 own = type(module).forward.__get__(module)
                 setattr(module, slot, self.replaced or own)
         module.compute_dtype, module.compute_type_is_set = self.compute
+
+
+def opened(module: nn.Module, x: Tensor) -> tuple[tuple[Tensor, Any], torch.dtype]:
+    """What `ops.nf4_linear` takes of a Linear4bit: (packed weight, its state), and the dtype that
+    bitsandbytes computes in where autocast says no other."""
+    if not module.compute_type_is_set:  # bitsandbytes infers it from the first input
+        module.set_compute_type(x)
+        module.compute_type_is_set = True
+    # under FSDP2 the weight is a plain Parameter and the module alone has the state
+    state = getattr(module.weight, "quant_state", None) or module.quant_state
+    return (module.weight, state), module.compute_dtype or x.dtype
 
 
 def adopt(model: nn.Module) -> dict[str, nn.Module]:

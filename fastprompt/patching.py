@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastprompt import attention, families, hooks, linear4bit, reporting, trainer
+from fastprompt.blocks.frozen import Frozen, freeze
+from fastprompt.blocks.memory import CHOICES as MEMORIES
+from fastprompt.blocks.memory import Memory
 from fastprompt.families import Anatomy, Tower
 from fastprompt.families.base import join
 from fastprompt.methods import Method, default_for
@@ -34,6 +37,8 @@ class Patch:
         skipped: module name -> why it was left alone.
         backend: which implementation of `ops.prompt_attention` runs.
         pool: what chooses prompts for each sample, under L2P, DualPrompt and CODA-Prompt.
+        memory, memories: what to keep of each block for backward: as asked, and by tower.
+        unfused: block name -> why it never runs as one node.
     """
 
     model: PreTrainedModel
@@ -43,8 +48,18 @@ class Patch:
     replaced: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     pool: Pool | None = None
+    memory: str = "auto"
+    memories: dict[str, Memory] = field(default_factory=dict)
+    unfused: dict[str, str] = field(default_factory=dict)
     _names: list[str] = field(default_factory=list)  # of the parameters that train
     _undo: list[tuple[str, Any]] = field(default_factory=list)  # newest last
+
+    @property
+    def blocks(self) -> dict[str, Frozen]:
+        """Block name -> what stands there, of the blocks that may run as one autograd node."""
+        read = (block for tower in self.anatomy.towers for block in tower.blocks)
+        found = {block.name: Frozen.of(block.layer) for block in read}
+        return {name: block for name, block in found.items() if block is not None}
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -107,12 +122,19 @@ class Patch:
         while self._undo:
             step, what = self._undo.pop()
             _UNDO[step](what)
-        self._names.clear()
+        for kept in (self._names, self.memories, self.unfused):
+            kept.clear()
         self.pool = None
         self.model.__dict__.pop(ATTRIBUTE, None)
 
 
-def patch(model: PreTrainedModel, method: Method | None = None, *, backend: str = "auto") -> Patch:
+def patch(
+    model: PreTrainedModel,
+    method: Method | None = None,
+    *,
+    backend: str = "auto",
+    memory: str = "auto",
+) -> Patch:
     """Give ``model`` trainable prompts; everything that the method does not name is frozen.
 
     The model stays the same object with the same forward, masks, caches and ``generate``. Inside
@@ -125,6 +147,12 @@ def patch(model: PreTrainedModel, method: Method | None = None, *, backend: str 
         method: of `fastprompt.methods`. None picks by architecture: M2PT for a vision-language
             model, VPT-deep for a vision model, deep prompts for a language model.
         backend: of `fastprompt.ops.prompt_attention`.
+        memory: what each frozen block keeps for backward. "speed": all that saves recomputing a
+            product (at 7B in bfloat16 91 KB a token and block); "balanced": the same without the
+            MLP's hidden activations (48 KB), which are recomputed; "low": the block's input (8
+            KB); "offload": that input in the host's memory. "auto" takes the fastest that fits,
+            at the first training forward and when the tokens grow. "off" runs transformers' own
+            layers. Gradient checkpointing turns each into "low".
 
     Returns:
         The `Patch`, also kept on the model: ``.report()``, ``.trainable``, ``.undo()``.
@@ -135,6 +163,8 @@ def patch(model: PreTrainedModel, method: Method | None = None, *, backend: str 
     _check_model(model)
     if backend not in BACKENDS:
         raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {backend!r}")
+    if memory not in MEMORIES:
+        raise ValueError(f"memory: want one of {', '.join(MEMORIES)}; got {memory!r}")
     anatomy = families.anatomy(model)
     if method is not None and not isinstance(method, Method):
         raise ValueError(f"method: want one of fastprompt.methods, got {method!r}")
@@ -142,7 +172,7 @@ def patch(model: PreTrainedModel, method: Method | None = None, *, backend: str 
     method.check(anatomy)
     _check_devices(anatomy)
 
-    done = Patch(model, method, anatomy, backend)
+    done = Patch(model, method, anatomy, backend, memory=memory)
     try:
         _apply(done)
     except BaseException:
@@ -220,6 +250,10 @@ def _apply(done: Patch) -> None:
             done.skipped[block.name] = "nothing reads its output: no prompt, and not run by LLaVA"
 
     _switch_configs(done, prompted)
+    if done.memory != "off":
+        frozen = freeze(model, prompted, done.memory)
+        done.memories, done.unfused = frozen.memories, frozen.unfused
+        done._undo += [("block", block) for block in frozen.blocks]
     for tower in prompted:
         _add_hooks(done, tower)
     if done.pool is not None:
@@ -360,6 +394,7 @@ _UNDO = {
     "prompt": lambda layer: layer._modules.pop(CHILD, None),
     "side keys": lambda module: vars(module).pop(attention.ATTRIBUTE, None),
     "forward": hooks.RunIfRead.undo,
+    "block": Frozen.undo,
     "hooks": _remove,
     "trainer": trainer.detach,
 }

@@ -15,6 +15,10 @@ def record(name: str, inputs: tuple[Tensor, ...], options: dict) -> None:
         listener(name, inputs, options)
 
 
+def listened_to() -> bool:
+    return bool(_listeners)
+
+
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     _listeners.append(listener)

@@ -53,10 +53,35 @@ def report(patch: Patch) -> str:
         lines.append(
             f"  on the CPU  {how}" + ("" if native.available() else f": {native.why_missing()}")
         )
-    lines += ["", f"attention backend  {_backend(patch)}"]
+    lines += ["", *_blocks(patch), "", f"attention backend  {_backend(patch)}"]
     if patch.skipped:
         lines += ["", "skipped", *(f"  {name}: {why}" for name, why in patch.skipped.items())]
     return "\n".join(lines)
+
+
+def _blocks(patch: Patch) -> list[str]:
+    """How many blocks run as one autograd node, what they keep, and why others do not."""
+    if patch.memory == "off":
+        return ["blocks  transformers' own (memory='off')"]
+    if not patch.memories:
+        return ["blocks  transformers' own: no tower has prompts"]
+    blocks, reasons = patch.blocks, dict(patch.unfused)
+    reasons |= {name: why for name, block in blocks.items() if (why := block.why_not())}
+    count = len(blocks.keys() - reasons.keys())
+    lines = [f"blocks  {count} of {len(blocks.keys() | reasons.keys())} as one autograd node"]
+    for name, memory in patch.memories.items():
+        own = [b for b in blocks.values() if b.memory is memory]
+        if any(b.checkpointed for b in own):
+            lines.append(f"  memory  low, by gradient checkpointing  ({name or 'the model'})")
+        elif own:
+            lines.append(f"  memory  {memory.describe()}  ({name or 'the model'})")
+    by_reason: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        by_reason.setdefault(why, []).append(name)
+    for why, names in by_reason.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"  unfused  {names[0]}{more}: {why}")
+    return lines
 
 
 def machine() -> str:

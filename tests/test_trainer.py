@@ -112,6 +112,30 @@ def test_train_checkpoint_resume(name, kind, folders, tmp_path, caplog):
     assert all(torch.equal(p, want[n]) for n, p in patch.trainable.items())
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("name", AUTO)
+def test_frozen_blocks_train_as_the_layers_do(name, kind, bf16, folders, tmp_path):
+    found = {}
+    for memory in ("off", "speed", "low", "checkpointing"):
+        model = AUTO[name].from_pretrained(folders / name, **options_for(kind))
+        torch.manual_seed(0)
+        how = "auto" if memory == "checkpointing" else memory
+        patch = fastprompt.patch(model, memory=how)
+        options = arguments(
+            tmp_path / memory, bf16=bf16, save_strategy="no",
+            gradient_checkpointing=memory == "checkpointing",
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )  # fmt: skip
+        trainer = Trainer(model, options, train_dataset=rows(name))
+        trainer.train()
+        found[memory] = losses(trainer)
+        blocks = patch.blocks.values()
+        assert all(b.ran and b.why_not() is None for b in blocks) and bool(blocks) != (how == "off")
+    assert found["speed"] == found["low"] == found["checkpointing"]  # to the bit
+    assert found["speed"] == pytest.approx(found["off"], rel=2e-2 if bf16 else 1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_best_model_and_gradient_checkpointing(kind, folders, tmp_path):
     data = rows("llava")

@@ -157,9 +157,10 @@ def in_float64(model):
     for module in model.modules():
         for cls, forward in (("RotaryEmbedding", _rotary64), ("RMSNorm", _rms_norm64)):
             if type(module).__name__.endswith(cls):
-                module.__class__ = type(
-                    type(module).__name__, (type(module),), {"forward": forward}
-                )
+                old = type(module)
+                # as if transformers had it so: frozen blocks know the norms that it has
+                own = {"forward": forward, "__module__": old.__module__}
+                module.__class__ = type(old.__name__, (old,), own)
 
 
 def _rotary64(self, x, position_ids):

@@ -6,6 +6,9 @@ from operator import attrgetter
 
 from torch import nn
 
+from fastprompt.blocks.parts import Parts
+from fastprompt.families.described import BlockLayout, Undescribed, describe
+
 VISION, TEXT = "vision", "text"
 
 
@@ -22,6 +25,8 @@ class Block:
     k_norm: nn.Module | None
     rotary: nn.Module | None  # prompts are rotated as positions -P .. -1; None: not rotated
     head_dim: int
+    parts: Parts | None = None  # for `blocks`; None: ``undescribed`` says why there are none
+    undescribed: str = ""
 
     @property
     def width(self) -> int:
@@ -71,6 +76,7 @@ class Layout:
     k_proj: str = "k_proj"
     v_proj: str = "v_proj"
     rotary: str | None = None
+    blocks: tuple[BlockLayout, ...] = ()  # of one block; the first that fits
 
 
 @dataclass(frozen=True)
@@ -106,16 +112,28 @@ class TowerFamily:
         attention = attrgetter(layout.attention)(layer)
         k_proj = attrgetter(layout.k_proj)(attention)
         head_dim = getattr(attention, "head_dim", None) or attention.attention_head_size
+        norm = attrgetter(layout.norm)(layer)
+        v_proj = attrgetter(layout.v_proj)(attention)
+        rotates = rotary is not None
+        parts, why = None, ""
+        try:
+            parts = describe(
+                layer, attention, norm, k_proj, v_proj, head_dim, rotates, layout.blocks
+            )
+        except Undescribed as reason:
+            why = str(reason)
         return Block(
             name=name,
             layer=layer,
             attention=attention,
-            norm=attrgetter(layout.norm)(layer),
+            norm=norm,
             k_proj=k_proj,
-            v_proj=attrgetter(layout.v_proj)(attention),
+            v_proj=v_proj,
             k_norm=getattr(attention, "k_norm", None),
             rotary=rotary,
             head_dim=head_dim,
+            parts=parts,
+            undescribed=why,
         )
 
 

@@ -287,3 +287,15 @@ def nf4_linear(
     if x.requires_grad and torch.is_grad_enabled():
         return _NF4Linear.apply(x, bias, w)
     return _forward(x, bias, *w)
+
+
+def nf4_linear_backward(dy: Tensor, weight: Tensor | tuple[Tensor, Any]) -> Tensor:
+    """dx [..., in] of `nf4_linear`, ``dy W`` in the dtype of dy [..., out]; no autograd of its own.
+
+    Raises:
+        ValueError: a weight that `unpack` refuses.
+    """
+    w = unpack(weight)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastprompt.nf4_linear_backward(dy, *w)
+    return _backward(dy, *w)

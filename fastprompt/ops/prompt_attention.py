@@ -201,13 +201,74 @@ def prompt_attention(
         causal, scale, key_mask, attn_mask, prompt_bias, window, softcap,
         cu_seqlens_q, cu_seqlens_k, prompt_index, prompt_len, backend,
     )  # fmt: skip
-    check(q, k, v, prompt_k, prompt_v, o)
-    if window is not None and window >= max(q.shape[2], k.shape[2]):
-        o = o._replace(window=None)  # it hides nothing
-    if q.dtype == torch.float64 or backend == "reference":
-        check_values(q, k, prompt_k, o)
-        options = o._asdict()
-        del options["backend"]
-        out = reference.prompt_attention(q, k, v, prompt_k, prompt_v, **options)
-        return in_our_layout(out)
+    o = _checked(q, k, v, prompt_k, prompt_v, o)
+    if _by_reference(q, o):
+        return _reference(q, k, v, prompt_k, prompt_v, o)
     return _PromptAttention.apply(*distinct(q, k, v, prompt_k, prompt_v, *o))
+
+
+# ---- without autograd, for nodes that hold more than attention ----
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, o: Options
+) -> tuple[Tensor, Tensor]:
+    """`prompt_attention` and its log-sum-exp [B, Hq, N] float32, which `attend_backward` wants.
+
+    The reference (float64) leaves no log-sum-exp: [0] then.
+    """
+    o = _checked(q, k, v, prompt_k, prompt_v, o)
+    if _by_reference(q, o):
+        return _reference(q, k, v, prompt_k, prompt_v, o), q.new_empty(0)
+    return torch.ops.fastprompt.prompt_attention(q, k, v, prompt_k, prompt_v, *o)
+
+
+def attend_backward(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    o: Options,
+    tokens: bool = True,
+    prompts: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dprompt_k, dprompt_v) of `attend`; empty tensors for what is not asked."""
+    inputs = (q, k, v, prompt_k, prompt_v)
+    if not _by_reference(q, o):
+        o = _effective(q, k, o)
+        return torch.ops.fastprompt.prompt_attention_backward(
+            dout, out, lse, *inputs, *o, tokens, prompts
+        )
+    asked = (tokens, tokens, tokens, prompts, prompts)
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_(own) for x, own in zip(inputs, asked, strict=True)]
+        wanted = [x for x in inputs if x.requires_grad]
+        again = _reference(*inputs, _effective(q, k, o))
+    given = iter(torch.autograd.grad(again, wanted, dout) if wanted else ())
+    return tuple(next(given) if own else q.new_empty(0) for own in asked)
+
+
+def _checked(q, k, v, prompt_k, prompt_v, o: Options) -> Options:
+    check(q, k, v, prompt_k, prompt_v, o)
+    return _effective(q, k, o)
+
+
+def _effective(q: Tensor, k: Tensor, o: Options) -> Options:
+    if o.window is not None and o.window >= max(q.shape[2], k.shape[2]):
+        return o._replace(window=None)  # it hides nothing
+    return o
+
+
+def _by_reference(q: Tensor, o: Options) -> bool:
+    return q.dtype == torch.float64 or o.backend == "reference"
+
+
+def _reference(q, k, v, prompt_k, prompt_v, o: Options) -> Tensor:
+    check_values(q, k, prompt_k, o)
+    options = o._asdict()
+    del options["backend"]
+    return in_our_layout(reference.prompt_attention(q, k, v, prompt_k, prompt_v, **options))

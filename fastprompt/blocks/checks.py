@@ -1,0 +1,103 @@
+"""Whether a block may run as one node right now; if not, why."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastprompt.blocks.parts import Norm, Parts, Vector
+from fastprompt.blocks.products import is_4bit
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_RECORDERS = "transformers.utils.output_capturing"
+
+
+@dataclass(eq=False)
+class Inside:
+    """A module of a block, and its children when the block was looked at."""
+
+    name: str
+    module: nn.Module
+    children: list[nn.Module | None]
+    drops: bool  # whether it is a kind of dropout
+
+
+def inside(layer: nn.Module, ignored: nn.Module | None) -> list[Inside]:
+    """The layer, named "", and every module in it but ``ignored`` (its prompt)."""
+    found = [(name, m) for name, m in layer.named_modules() if m is not ignored]
+    return [Inside(name, m, [*m._modules.values()], _drops(m) is not None) for name, m in found]
+
+
+def unknown(parts: Parts, found: list[Inside]) -> str | None:
+    """What of the block the fused forward would leave out or do differently; asked once."""
+    known = {id(module) for module in (*_modules(parts), *parts.others)}
+    for part in found:
+        module, kind = part.module, type(part.module)
+        name = f"{part.name} is " if part.name else ""
+        if "forward" in vars(module) and not is_4bit(module):
+            return f"{part.name}'s forward was replaced" if name else "its forward was replaced"
+        if not _is_as_published(module):
+            return f"{name}a {kind.__name__} with a forward of its own"
+        if (
+            part is not found[0]
+            and id(module) not in known
+            and _drops(module) is None
+            and kind is not nn.Identity
+        ):
+            return f"{part.name} is a {kind.__name__}, which frozen blocks do not know"
+    for part in parts.products:
+        if type(part) is not nn.Linear and not is_4bit(part):
+            return f"a product is a {type(part).__name__}, want nn.Linear or Linear4bit"
+    return None
+
+
+def obstacle(parts: Parts, found: list[Inside]) -> str | None:
+    """What keeps the block from running as one node at this moment; asked at every call."""
+    for part in found:
+        module = part.module
+        own = module.__dict__  # some 400 modules are looked at in every step: no slow look-ups
+        # hooks and forward of the layer itself, the first, run around the node, as always
+        inner = part is not found[0]
+        if [*own["_modules"].values()] != part.children:
+            return f"modules inside {part.name or 'it'} were replaced"
+        if (
+            own["_forward_hooks"] or own["_forward_pre_hooks"]
+            or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        ) and inner and _hooked(module):  # fmt: skip
+            return f"{part.name} has hooks"
+        if "forward" in own and inner and not is_4bit(module):
+            return f"{part.name}'s forward was replaced"
+        for name, p in own["_parameters"].items():
+            if p is not None and p.requires_grad:
+                return f"{part.name}.{name} trains".lstrip(".")
+        if part.drops and module.training and _drops(module):
+            return f"dropout {_drops(module)} in training"
+    if parts.attention.training and parts.attention_dropout:
+        return f"attention dropout {parts.attention_dropout} in training"
+    return None
+
+
+def _modules(parts: Parts) -> Iterator[nn.Module]:
+    for value in vars(parts).values():
+        if isinstance(value, (Norm, Vector)):
+            yield value.module
+        elif isinstance(value, nn.Module):
+            yield value
+
+
+def _is_as_published(module: nn.Module) -> bool:
+    """Whether its forward is one of torch's, transformers' or bitsandbytes' own."""
+    owner = next(c for c in type(module).__mro__ if "forward" in vars(c))
+    return owner.__module__.startswith(("torch.nn.", "transformers.", "bitsandbytes."))
+
+
+def _drops(module: nn.Module) -> float | None:
+    """The probability of a dropout or drop-path module; None for any other."""
+    return module.p if isinstance(module, nn.Dropout) else getattr(module, "drop_prob", None)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether it has any hook but transformers' own recorders, which stay for good on the modules
+    of a model that was asked once for its hidden states."""
+    hooks = (hook for kind in _HOOKS for hook in getattr(module, kind).values())
+    return any(getattr(hook, "__module__", "") != _RECORDERS for hook in hooks)

@@ -1,0 +1,171 @@
+"""A block's forward and backward on tensors, without autograd. What is kept between is `node`'s.
+
+With frozen weights nothing but the way back to the input is wanted, so that no product's input is
+needed, only what stands behind something that is not linear: the norms' inputs x and middle, the
+attention's q, k, v, out and log-sum-exp, the activation's gate and up.
+
+    db = scale2 · dy                    da = db W_down              dgate, dup = act'(da; gate, up)
+    dm = dgate W_gate + dup W_up        dmiddle = dy + norm2'(dm; middle)
+    dout = (scale1 · dmiddle) W_o       dq, dk, dv, dprompt_k, dprompt_v = attention'(dout; …)
+    dn = q_norm'(rope'(dq)) W_q + k_norm'(rope'(dk)) W_k + dv W_v
+    dx = dmiddle + norm1'(dn; x)
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastprompt.blocks.elementwise import (
+    activate,
+    activate_backward,
+    normalize,
+    normalize_backward,
+    rotate,
+    rotate_backward,
+)
+from fastprompt.blocks.parts import Parts, Vector
+from fastprompt.blocks.products import project, project_backward
+from fastprompt.ops.options import Options
+from fastprompt.ops.prompt_attention import attend, attend_backward
+
+
+class Side(NamedTuple):
+    """What comes to a block beside its tokens."""
+
+    prompt_k: Tensor  # [Hkv, P, d], or sets of them
+    prompt_v: Tensor
+    cos: Tensor | None  # [B or 1, N, r]
+    sin: Tensor | None
+    options: Options  # of the attention
+
+
+class Math(NamedTuple):
+    """What a block computes in: a dtype, and whether autocast asked for it."""
+
+    dtype: torch.dtype
+    autocast: bool
+
+
+# ---- forward ----
+
+
+def projections(parts: Parts, x: Tensor, math: Math) -> list[Tensor]:
+    """q, k and v [B, N, H, d] as the products give them."""
+    n = normalize(x, parts.norm1, math.dtype)
+    heads = (-1, parts.head_dim)
+    return [y.unflatten(-1, heads) for y in project(n, parts.qkv, math.autocast)]
+
+
+def turned(parts: Parts, q: Tensor, k: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+    """q and k [B, N, H, d] through the norms of their heads and rotated."""
+    if parts.q_norm is not None:
+        q = normalize(q, parts.q_norm, q.dtype)
+    if parts.k_norm is not None:
+        k = normalize(k, parts.k_norm, k.dtype)
+    if side.cos is not None:
+        q, k = (rotate(t, side.cos, side.sin) for t in (q, k))
+    return q, k
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+    """(out [B, N, H, d], log-sum-exp) of q, k, v [B, N, H, d]."""
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    out, lse = attend(*heads_first, side.prompt_k, side.prompt_v, side.options)
+    return out.transpose(1, 2), lse
+
+
+def after_attention(parts: Parts, x: Tensor, out: Tensor, math: Math) -> Tensor:
+    """The residual stream [B, N, D] between attention and MLP."""
+    (branch,) = project(out.flatten(2), (parts.o_proj,), math.autocast)
+    return _joined(x, branch, parts.scale1)
+
+
+def mlp_inputs(parts: Parts, middle: Tensor, math: Math) -> tuple[Tensor, Tensor | None]:
+    """(gate, up) [B, N, F]."""
+    m = normalize(middle, parts.norm2, math.dtype)
+    gate, *up = project(m, parts.first, math.autocast)
+    return gate, (up[0] if up else None)
+
+
+def after_mlp(parts: Parts, middle: Tensor, gate: Tensor, up: Tensor | None, math: Math) -> Tensor:
+    """The block's output [B, N, D]."""
+    a = activate(parts.activation, gate, up)
+    (branch,) = project(a, (parts.down,), math.autocast)
+    return _joined(middle, branch, parts.scale2)
+
+
+def _joined(residual: Tensor, branch: Tensor, scale: Vector | None) -> Tensor:
+    if scale is not None:
+        branch = branch * scale.value
+    if torch.promote_types(residual.dtype, branch.dtype) == branch.dtype:
+        return branch.add_(residual)
+    return residual + branch
+
+
+# ---- backward ----
+
+
+def mlp_backward(
+    parts: Parts, dy: Tensor, middle: Tensor, gate: Tensor, up: Tensor | None, math: Math
+) -> Tensor:
+    """dmiddle [B, N, D]."""
+    da = project_backward((_of_branch(dy, parts.scale2, math),), (parts.down,), math.autocast)
+    grads = activate_backward(parts.activation, da, gate, up)
+    dm = project_backward(grads, parts.first, math.autocast)
+    return normalize_backward(dm, middle, parts.norm2, residual=dy)
+
+
+def attention_backward(
+    parts: Parts,
+    dmiddle: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    side: Side,
+    math: Math,
+    tokens: bool,
+    prompts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv [B, N, H, d], dprompt_k, dprompt_v), empty for what is not asked."""
+    dbranch = _of_branch(dmiddle, parts.scale1, math)
+    dout = project_backward((dbranch,), (parts.o_proj,), math.autocast)
+    dout = dout.unflatten(-1, (-1, parts.head_dim))
+    heads_first = (t.transpose(1, 2) for t in (dout, out))
+    inputs = (t.transpose(1, 2) for t in (q, k, v))
+    prompt = (side.prompt_k, side.prompt_v)
+    *grads, dprompt_k, dprompt_v = attend_backward(
+        *heads_first, lse, *inputs, *prompt, side.options, tokens, prompts
+    )
+    dq, dk, dv = (g.transpose(1, 2) if tokens else g for g in grads)
+    return dq, dk, dv, dprompt_k, dprompt_v
+
+
+def projections_backward(
+    parts: Parts,
+    grads: tuple[Tensor, Tensor, Tensor],
+    dmiddle: Tensor,
+    x: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    side: Side,
+    math: Math,
+) -> Tensor:
+    """dx [B, N, D]; q and k, as `projections` gave them, are read where their heads have norms."""
+    dq, dk, dv = grads
+    if side.cos is not None:
+        dq, dk = (rotate_backward(g, side.cos, side.sin) for g in (dq, dk))
+    if parts.q_norm is not None:
+        dq = normalize_backward(dq, q, parts.q_norm, None)
+    if parts.k_norm is not None:
+        dk = normalize_backward(dk, k, parts.k_norm, None)
+    flat = [g.flatten(2) for g in (dq, dk, dv)]
+    dn = project_backward(flat, parts.qkv, math.autocast)
+    return normalize_backward(dn, x, parts.norm1, residual=dmiddle)
+
+
+def _of_branch(dy: Tensor, scale: Vector | None, math: Math) -> Tensor:
+    """The gradient of what `_joined` added to the residual, before its scale."""
+    return (dy if scale is None else dy * scale.value).to(math.dtype)

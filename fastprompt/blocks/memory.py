@@ -1,0 +1,121 @@
+"""How much of each block is kept for backward, and who decides."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastprompt.blocks.parts import Parts
+
+POLICIES = ("speed", "balanced", "low", "offload")  # the fastest first
+CHOICES = ("auto", *POLICIES, "off")
+
+
+def kept_bytes(parts: Parts, policy: str, stream: torch.dtype, dtype: torch.dtype) -> int:
+    """Bytes that the block keeps for each token, on its device.
+
+    Args:
+        stream: the dtype of the residual stream; ``dtype``: what the block computes in.
+    """
+    wide, size = stream.itemsize, dtype.itemsize
+    width = parts.down.out_features
+    if policy == "offload":
+        return 0
+    if policy == "low":
+        return width * wide
+    heads = parts.q_proj.out_features // parts.head_dim
+    rows = 2 * parts.q_proj.out_features + parts.k_proj.out_features + parts.v_proj.out_features
+    total = 2 * width * wide + rows * size + heads * 4  # x, middle; q, k, v, out; log-sum-exp
+    if policy == "speed":
+        total += sum(part.out_features for part in parts.first) * size
+    return total
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can still be allocated there; None where nobody says."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        ours = torch.cuda.memory_allocated(device)
+        unused = torch.cuda.memory_reserved(device) - ours  # reserved by torch, free to us
+        capped = int(torch.cuda.get_per_process_memory_fraction(device) * total) - ours
+        return max(0, min(free + unused, capped))
+    try:
+        with open("/proc/meminfo") as file:
+            found = dict(line.split(":", 1) for line in file)
+        return int(found["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
+def on_host(x: Tensor) -> Tensor:
+    """A copy of ``x`` in pinned memory, made while the host goes on; on the CPU ``x`` itself.
+
+    On the current stream, so in the order of the kernels that wrote ``x`` and may overwrite it.
+    """
+    if x.device.type != "cuda":
+        return x
+    pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return pinned.copy_(x, non_blocking=True)
+
+
+@dataclass(eq=False)
+class Memory:
+    """The policy of one tower's blocks.
+
+    "auto" takes, at the first training forward and again when the tokens grow, the fastest policy
+    whose bytes fit into a share of what is free then: what the blocks keep, twice what one block
+    keeps at most (for the block that is being computed), and what the model makes behind them.
+
+    Attributes:
+        asked: of `CHOICES`.
+        blocks: the blocks that may run as one node.
+        share: of the free memory, the most that this tower's blocks may take.
+        behind: bytes for each token that are made behind the blocks (logits and their gradients).
+        chosen, tokens, why: the last choice, for how many tokens, in words.
+    """
+
+    asked: str
+    blocks: list[Parts] = field(default_factory=list)
+    share: float = 0.8
+    behind: int = 0
+    chosen: str | None = None
+    tokens: int = 0
+    why: str = ""
+
+    def policy(self, x: Tensor, dtype: torch.dtype) -> str:
+        """For a training forward of x [B, N, D] whose blocks compute in ``dtype``."""
+        if self.asked != "auto":
+            return self.asked
+        if torch.compiler.is_compiling():  # free memory is not to be asked there
+            return self.chosen or "speed"
+        tokens = x.shape[0] * x.shape[1]
+        if self.chosen is None or tokens > self.tokens:
+            self._choose(x, dtype, tokens)
+        return self.chosen
+
+    def _choose(self, x: Tensor, dtype: torch.dtype, tokens: int) -> None:
+        free = free_bytes(x.device)
+        self.tokens = tokens
+        if free is None:
+            self.chosen, self.why = "speed", "free memory is not known here"
+            return
+        one = max((kept_bytes(p, "speed", x.dtype, dtype) for p in self.blocks), default=0)
+        # on the CPU the host's memory is the device's
+        last = "offload" if x.device.type == "cuda" else "low"
+        for policy in POLICIES[: POLICIES.index(last) + 1]:
+            each = sum(kept_bytes(p, policy, x.dtype, dtype) for p in self.blocks)
+            if policy == last or tokens * (each + 2 * one + self.behind) <= self.share * free:
+                break
+        self.chosen = policy
+        self.why = f"{_size(tokens * each)} kept for {tokens:,} tokens, {_size(free)} were free"
+
+    def describe(self) -> str:
+        if self.asked != "auto":
+            return self.asked
+        if self.chosen is None:
+            return "auto, decided at the first training forward"
+        return f"auto: {self.chosen} ({self.why})"
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:.2f} GB" if n >= 2**30 else f"{n / 2**20:.1f} MB"

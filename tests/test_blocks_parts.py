@@ -1,0 +1,154 @@
+"""The pieces of frozen blocks by themselves: elementwise backward formulas, products."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastprompt import linear4bit
+from fastprompt.blocks import elementwise, products
+from fastprompt.blocks.parts import LAYER, RMS, RMS_PLUS_ONE, Norm
+from fastprompt.blocks.products import project, project_backward
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def by_autograd(f, inputs, dy):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.grad(f(*inputs), inputs, dy)
+
+
+NORMS = {
+    RMS: lambda x, m: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + m.eps) * m.weight,
+    RMS_PLUS_ONE: lambda x, m: (
+        x * torch.rsqrt(x.square().mean(-1, keepdim=True) + m.eps) * (1 + m.weight)
+    ),
+    LAYER: lambda x, m: m(x),
+}
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms(kind, biased):
+    torch.manual_seed(0)
+    module = nn.LayerNorm(16, eps=0.1, bias=biased, dtype=torch.float64).requires_grad_(False)
+    for p in module.parameters():
+        p.normal_()
+    norm, x, dy, past = Norm(module, kind, module.eps), *normal(3, 2, 5, 16)
+    torch.testing.assert_close(
+        elementwise.normalize(x, norm, torch.float64), NORMS[kind](x, module)
+    )
+    (want,) = by_autograd(lambda x: NORMS[kind](x, module), [x], dy)
+    torch.testing.assert_close(elementwise.normalize_backward(dy, x, norm, None), want)
+    before = past.clone()
+    got = elementwise.normalize_backward(dy, x, norm, past)
+    torch.testing.assert_close(got, want + past)
+    assert torch.equal(past, before)
+
+
+def test_dtypes_of_norms():
+    norm = Norm(nn.LayerNorm(8), LAYER, 1e-5)
+    x = torch.randn(2, 8).bfloat16()
+    assert elementwise.normalize(x, norm, torch.bfloat16).dtype == torch.bfloat16
+    assert elementwise.normalize(x, norm, torch.float32).dtype == torch.float32
+    dy = torch.randn(2, 8)
+    assert elementwise.normalize_backward(dy, x, norm, None).dtype == torch.bfloat16
+    assert elementwise.normalize_backward(x, dy, norm, x).dtype == torch.bfloat16
+
+
+ACTIVATIONS = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+    "gelu_tanh": lambda x: x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name, gated):
+    torch.manual_seed(0)
+    gate, up, dy = 2 * normal(3, 4, 9)
+    inputs = (gate, up) if gated else (gate,)
+    before = [x.clone() for x in (gate, up, dy)]
+
+    def definition(gate, up=None):
+        return ACTIVATIONS[name](gate) * (1 if up is None else up)
+
+    up = up if gated else None
+    torch.testing.assert_close(elementwise.activate(name, gate, up), definition(*inputs))
+    got = elementwise.activate_backward(name, dy, gate, up)
+    want = by_autograd(definition, inputs, dy)
+    assert len(got) == len(want)
+    torch.testing.assert_close(got, want)
+    assert all(
+        torch.equal(a, b) for a, b in zip((gate, up, dy), before, strict=True) if a is not None
+    )
+
+
+@pytest.mark.parametrize("turned", [16, 8])
+def test_rotation(turned):
+    torch.manual_seed(0)
+    x, dy = normal(2, 3, 5, 4, 16)
+    cos, sin = normal(2, 1, 5, turned)  # no half like the other: so the formula is the whole of it
+
+    def definition(x):
+        own, rest = x[..., :turned], x[..., turned:]
+        first, second = own.chunk(2, -1)
+        half = torch.cat([-second, first], -1)
+        return torch.cat([own * cos[:, :, None] + half * sin[:, :, None], rest], -1)
+
+    torch.testing.assert_close(elementwise.rotate(x, cos, sin), definition(x))
+    (want,) = by_autograd(definition, [x], dy)
+    torch.testing.assert_close(elementwise.rotate_backward(dy, cos, sin), want)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products(bias):
+    torch.manual_seed(0)
+    parts = [nn.Linear(6, n, bias, dtype=torch.float64).requires_grad_(False) for n in (6, 4, 5)]
+    x, wide = normal(2, 3, 6), normal(2, 3, 15)
+    want = [part(x) for part in parts]
+    torch.testing.assert_close(project(x, parts, False), want)
+    grads = wide.split([6, 4, 5], dim=-1)  # views of one tensor
+
+    def together(x):
+        return torch.cat([part(x) for part in parts], -1)
+
+    before = wide.clone()
+    torch.testing.assert_close(
+        project_backward(grads, parts, False), by_autograd(together, [x], wide)[0]
+    )
+    # an expanded gradient, as the one of a sum is
+    ones = [torch.ones((), dtype=torch.float64).expand(2, 3, p.out_features) for p in parts]
+    torch.testing.assert_close(
+        project_backward(ones, parts, False),
+        by_autograd(together, [x], torch.ones_like(wide))[0],
+    )
+    assert torch.equal(wide, before)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_a_4bit_product_is_computed_in(autocast, monkeypatch):
+    """The module's compute_dtype, as bitsandbytes has it; under autocast what autocast says."""
+    Linear4bit = pytest.importorskip("bitsandbytes.nn").Linear4bit
+    part = Linear4bit(64, 32, compute_dtype=torch.float32).to("cpu").requires_grad_(False)
+    linear4bit.adopt(part)
+    seen = []
+    forward, backward = products.nf4_linear, products.nf4_linear_backward
+
+    def watched(x, weight, bias, dtype):
+        seen.append(dtype)
+        return forward(x, weight, bias, dtype=dtype)
+
+    def watched_backward(dy, weight):
+        seen.append(dy.dtype)
+        return backward(dy, weight)
+
+    monkeypatch.setattr(products, "nf4_linear", watched)
+    monkeypatch.setattr(products, "nf4_linear_backward", watched_backward)
+    x, dy = torch.randn(3, 64).bfloat16(), torch.randn(3, 32).bfloat16()
+    (y,), dx = project(x, [part], autocast), project_backward([dy], [part], autocast)
+    assert y.dtype == dx.dtype == torch.bfloat16
+    assert seen == [torch.bfloat16 if autocast else torch.float32] * 2
