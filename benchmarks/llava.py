@@ -5,6 +5,8 @@ the projector (which trains) are dense, as loading LLaVA with ``llm_int8_skip_mo
 projector and the head leaves them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
@@ -131,23 +133,35 @@ def build(s: Tuning, dtype: torch.dtype, device: str) -> nn.Module:
         part.num_hidden_layers = 0
     kinds = tf.LlavaForConditionalGeneration, tf.Qwen2ForCausalLM, tf.LlamaForCausalLM
     kind = kinds[0] if s.vision else kinds[1] if s.text.kind == "qwen2" else kinds[2]
+    with _made(dtype, device):
+        model = kind(whole)
+    for part, depth in depths:
+        part.num_hidden_layers = depth
+    language = model.model.language_model if s.vision else model.model
+    for i in range(s.text.layers):
+        with _made(dtype, device):
+            layer = _decoder_layer(language.config, i)
+        language.layers.append(quantized(layer, dtype))
+    if s.vision:
+        tower = model.model.vision_tower
+        for _ in range(s.vision.layers):
+            with _made(dtype, device):
+                layer = _encoder_layer(tower.config)
+            tower.encoder.layers.append(quantized(layer, dtype))
+    return model.requires_grad_(False)
+
+
+@contextmanager
+def _made(dtype: torch.dtype, device: str) -> Iterator[None]:
+    """New tensors are of ``dtype`` on ``device``. Not while packing: bitsandbytes' own tables
+    would be of that dtype too."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = kind(whole)
-            language = model.model.language_model if s.vision else model.model
-            for part, depth in depths:
-                part.num_hidden_layers = depth
-            for i in range(s.text.layers):
-                language.layers.append(quantized(_decoder_layer(language.config, i), dtype))
-            if s.vision:
-                tower = model.model.vision_tower
-                for _ in range(s.vision.layers):
-                    tower.encoder.layers.append(quantized(_encoder_layer(tower.config), dtype))
+            yield
     finally:
         torch.set_default_dtype(before)
-    return model.requires_grad_(False)
 
 
 def _towers(whole: tf.PreTrainedConfig) -> list[tf.PreTrainedConfig]:
