@@ -99,8 +99,8 @@ def shapes(device: str, quick: bool) -> dict[str, Tuning]:
 
 
 def config(s: Tuning) -> tf.PreTrainedConfig:
-    kind = tf.Qwen2Config if s.text.kind == "qwen2" else tf.LlamaConfig
-    text = kind(
+    text_kind = tf.Qwen2Config if s.text.kind == "qwen2" else tf.LlamaConfig
+    text = text_kind(
         hidden_size=s.text.width, intermediate_size=s.text.inner, vocab_size=s.text.vocab,
         num_hidden_layers=s.text.layers, num_attention_heads=s.text.heads,
         num_key_value_heads=s.text.kv, max_position_embeddings=4096, use_cache=False,
@@ -119,6 +119,12 @@ def config(s: Tuning) -> tf.PreTrainedConfig:
     )  # fmt: skip
 
 
+def kind(s: Tuning) -> type[tf.PreTrainedModel]:
+    if s.vision:
+        return tf.LlavaForConditionalGeneration
+    return tf.Qwen2ForCausalLM if s.text.kind == "qwen2" else tf.LlamaForCausalLM
+
+
 def build(s: Tuning, dtype: torch.dtype, device: str) -> nn.Module:
     """The model, computing in ``dtype``; of each layer no more than itself is ever dense.
 
@@ -131,10 +137,8 @@ def build(s: Tuning, dtype: torch.dtype, device: str) -> nn.Module:
     depths = [(part, part.num_hidden_layers) for part in _towers(whole)]
     for part, _ in depths:
         part.num_hidden_layers = 0
-    kinds = tf.LlavaForConditionalGeneration, tf.Qwen2ForCausalLM, tf.LlamaForCausalLM
-    kind = kinds[0] if s.vision else kinds[1] if s.text.kind == "qwen2" else kinds[2]
     with _made(dtype, device):
-        model = kind(whole)
+        model = kind(s)(whole)
     for part, depth in depths:
         part.num_hidden_layers = depth
     language = model.model.language_model if s.vision else model.model
