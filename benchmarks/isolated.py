@@ -99,7 +99,7 @@ def _in_a_process(job: tuple, mode: str, provider: str, untold: str = "") -> dic
         context = multiprocessing.get_context("spawn")  # a forked process could not use the card
     else:  # forked from a server that has imported what takes seconds, and computed nothing
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.training", "transformers"])
+        context.set_forkserver_preload(["benchmarks.m2pt_step", "bitsandbytes.nn"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, *job, mode, provider, untold))
     process.start()

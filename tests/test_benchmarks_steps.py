@@ -48,7 +48,9 @@ def test_vpt_step(tmp_path):
 @pytest.mark.parametrize("shape", ["LLaVA-small b2", "Llama-small b2"])
 def test_m2pt_step(tmp_path, shape):
     pytest.importorskip("bitsandbytes")
-    providers = ("ref", "fastprompt", "ref-liger", "peft-prefix")
+    providers = ["ref", "fastprompt"]
+    if shape.startswith("Llama"):  # processes take seconds: once is enough
+        providers += ["ref-liger", "peft-prefix"]
     code, rows = rows_of(tmp_path, "m2pt_step", "--shapes", shape, "--providers", *providers)
     assert code == 0
     check(rows, "ref", "fastprompt")
