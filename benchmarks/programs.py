@@ -54,7 +54,9 @@ def programs(s: shapes.Attention) -> list[Program]:
     found.append(of("dq", ceil(s.N / Q) * s.B * s.H, 4 * Q + 2 * K, 2 * Q, 6 * Q * K))
     K, Q = tile["dkv"].keys, seen * groups
     found.append(of("dkv", ceil(s.N / K) * s.B * s.Hkv, 4 * K + 2 * Q, 2 * Q, 8 * K * Q))
+    # few prompts take a narrower block than tokens do
     block = max(16, min(tile["prompts"].keys, 1 << (s.P - 1).bit_length()))
+    tile["prompts"] = tile["prompts"]._replace(keys=block)
     Q, written = per_split * tile["prompts"].queries, 2 * block * s.d
     count = ceil(s.P / block) * s.Hkv * splits
     numbers = 2 * Q + (written if splits > 1 else written * ITEM / 4)
