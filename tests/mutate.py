@@ -156,9 +156,9 @@ def outcome(job: tuple[str, int, str, str]) -> str:
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     sys.stdout = sys.stderr = io.StringIO()
-    signal.alarm(3600)  # a loop without end is noticed, too
+    signal.alarm(300 if file.startswith("csrc") else 3600)  # a loop without end is noticed, too
     selection = ["-k", FILES[file], "-x", "-q", "--assert=plain", "--tb=no"]
-    for plugin in ("logging", "cacheprovider", "xdist"):
+    for plugin in ("logging", "cacheprovider", "xdist", "faulthandler"):
         selection += ["-p", f"no:{plugin}"]
     try:
         if file.startswith("csrc") and not compile_cpp(folder):
