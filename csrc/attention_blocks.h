@@ -6,22 +6,13 @@
 #pragma once
 
 #include <cmath>
-#include <cstdlib>
 
-#include "attention.h"
-#include "lanes.h"
-#include "rounding.h"
+#include "attention_single.h"
 
 namespace fastprompt {
 namespace {
 
 constexpr int64_t kBlock = 64;  // queries at once
-constexpr float kInfinity = __builtin_inff();
-
-inline float widen(float x) { return x; }
-inline float widen(uint16_t x) { return float_of(uint32_t(x) << 16); }  // bfloat16
-
-
 // One float32 row after another, as a factor wants them.
 struct Matrix {
   float* data;
@@ -32,28 +23,6 @@ struct Matrix {
 struct Keys {
   Matrix k, v, dk, dv;  // dk.data null: not asked
   int64_t count;
-};
-
-// A bump allocator over one piece of memory; counts first, then hands out.
-class Scratch {
- public:
-  ~Scratch() { free(memory_); }
-  bool reserve(int64_t floats) {
-    if (posix_memalign(&memory_, 64, size_t(floats) * 4 + 64)) return false;
-    at_ = static_cast<float*>(memory_);
-    return true;
-  }
-  float* take(int64_t floats) {
-    float* taken = at_;
-    at_ += (floats + 15) / 16 * 16;
-    return taken;
-  }
-  float* mark() const { return at_; }
-  void release(float* mark) { at_ = mark; }
-
- private:
-  void* memory_ = nullptr;
-  float* at_ = nullptr;
 };
 
 template <class To>
@@ -329,6 +298,10 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
 };
 
 inline void attend(const Attention& a, bool backward, int64_t part, int64_t first, int64_t last) {
+  if (a.N == 1 && !backward) {
+    if (a.dtype == Dtype::f32) return Single<ToF32>(a).run(first, last);
+    return Single<ToBf16>(a).run(first, last);
+  }
   if (a.dtype == Dtype::f32) return Unit<ToF32>(a, backward).run(part, first, last);
   Unit<ToBf16>(a, backward).run(part, first, last);
 }

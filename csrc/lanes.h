@@ -20,6 +20,7 @@ constexpr int kLanes = 4, kAcross = 4;
 #else
 constexpr int kLanes = 4, kAcross = 2;
 #endif
+constexpr float kInfinity = __builtin_inff();
 constexpr int kDown = 6;  // kDown * kAcross sums stay in registers
 
 typedef float Lanes __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));

@@ -19,6 +19,9 @@ inline float float_of(uint32_t u) {
   return x;
 }
 
+inline float widen(float x) { return x; }
+inline float widen(uint16_t x) { return float_of(uint32_t(x) << 16); }  // bfloat16
+
 struct ToF32 {
   using T = float;
   static T convert(float x) { return x; }

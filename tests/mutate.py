@@ -47,6 +47,7 @@ FILES = {  # file -> what selects its tests
     OPS + "rope_triton.py": "triton and not float16 and not dtype1",
     OPS + "dequantize_4bit_triton.py": "triton",
     "csrc/attention_blocks.h": "avx512 or avx2 or neon",
+    "csrc/attention_single.h": "(avx512 or avx2 or neon) and (single or sets_of)",
 }
 OWN_TESTS = {  # of those that TESTS are not about
     OPS + "norms_triton.py": "tests/test_norms.py",
@@ -54,6 +55,7 @@ OWN_TESTS = {  # of those that TESTS are not about
     OPS + "rope_triton.py": "tests/test_rope.py",
     OPS + "dequantize_4bit_triton.py": "tests/test_dequantize_4bit.py",
     "csrc/attention_blocks.h": "tests/test_native_attention.py",
+    "csrc/attention_single.h": "tests/test_native_attention.py",
 }
 SWAPS = {
     "+": "-", "-": "+", "*": "+", "//": "*", "/": "*", "%": "+", "<": "<=", "<=": "<", ">": ">=",

@@ -20,6 +20,9 @@ SHAPES = {  # B, Hq, Hkv, N, M, P, d; lanes are queries and channels, so their r
     "long": (1, 2, 2, 19, 2100, 20, 16),
     "many samples": (70, 2, 2, 3, 3, 2, 16),
     "no prompt": (2, 2, 2, 12, 12, 0, 16),
+    "single query": (3, 6, 2, 1, 45, 7, 24),
+    "single query, whole rows": (2, 4, 4, 1, 300, 20, 64),
+    "single query, one key head": (1, 5, 1, 1, 2100, 3, 72),
 }
 OPTIONS = {
     "full": {},
@@ -52,11 +55,12 @@ def test_as_accurate_as_eager(variant, shape, options, masked, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("N", [18, 1])
 @pytest.mark.parametrize("Hkv", [1, 2, 4])  # parts that meet in a head, and parts of whole heads
 @pytest.mark.parametrize("length", [None, (7, 0, 3, 5)])
-def test_sets_of_prompts(variant, length, Hkv, dtype):
+def test_sets_of_prompts(variant, length, Hkv, N, dtype):
     """Each sample its own; neighbours of one set, of another; a set that none has."""
-    B, Hq, N, d, which = 40, 4, 18, 24, torch.randint(3, (40,))
+    B, Hq, d, which = 40, 4, 24, torch.randint(3, (40,))
     q, k, v, *_ = make((B, Hq, Hkv, N, N + 3, 1, d), dtype, "cpu")
     prompts = torch.randn(2, 4, Hkv, 7, d, dtype=dtype).unbind(0)
     inputs = [q, k, v, *(p.requires_grad_() for p in prompts)]

@@ -192,7 +192,7 @@ def prompt_attention(
         prompt_len: [S] int32 or int64: the first so many rows of a set exist.
         backend: "triton" (CUDA; on the CPU it wants its interpreter); "native", csrc's kernel on
             the CPU, for float32 and bfloat16 without attn_mask, prompt_bias, softcap or packing,
-            N above 1 and B·Hkv not below the threads, while every other call is sent on to
+            with N = 1 or B·Hkv not below the threads, while every other call is sent on to
             "vendor"; "vendor", torch's own attention on the tokens and the prompts merged in (on
             CUDA, packing and sets make it wait for the device); "xformers", the same with that
             package; "reference", plain PyTorch. "auto" is Triton on CUDA from sm_80 on (an

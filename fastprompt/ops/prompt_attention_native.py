@@ -13,15 +13,14 @@ _LONGEST = 1 << 22  # keys times channels: what a thread copies is four such tab
 
 def serves(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options) -> bool:
     """Whether csrc takes this call; whatever it does not take is the vendor's."""
-    keys = k.shape[2] + prompt_k.shape[-2]
+    N, keys = q.shape[2], k.shape[2] + prompt_k.shape[-2]
     return (
         q.dtype in DTYPES
         and native.available()
         and (o.attn_mask, o.prompt_bias, o.softcap, o.cu_seqlens_q) == (None,) * 4
-        and keys * q.shape[3] <= _LONGEST
+        and (N == 1 or keys * q.shape[3] <= _LONGEST)  # a single query's keys are not copied
         # a pair of a sample and a key head is one thread's work
-        and k.shape[0] * k.shape[1] >= torch.get_num_threads()
-        and q.shape[2] > 1  # a single query is bound by reading the keys: the vendor's is made so
+        and (N == 1 or k.shape[0] * k.shape[1] >= torch.get_num_threads())
     )
 
 
