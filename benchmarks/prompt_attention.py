@@ -34,12 +34,16 @@ class Case:
             return torch.randn(s.B, count, heads, s.d, **like).transpose(1, 2)
 
         self.tensors = [rows(s.H, s.N), rows(s.Hkv, s.M), rows(s.Hkv, s.M)]
-        self.tensors += [torch.randn(s.Hkv, s.P, s.d, **like) for _ in range(2)]
+        self.tensors += [torch.randn(*self.sets(), s.Hkv, s.P, s.d, **like) for _ in range(2)]
         self.grad = rows(s.H, s.N)
         self.truth = self._truth()
-        eager = _step(self, self.reference, ALL)
+        eager = step(self, self.reference, ALL)
         eager = eager.results(eager.run())
         self.limits = {name: check.limit(eager[name], want) for name, want in self.truth.items()}
+
+    def sets(self) -> tuple[int, ...]:
+        """What stands before the prompts' own axes."""
+        return ()
 
     def reference(self, *tensors: Tensor) -> Tensor:
         return reference.prompt_attention(*tensors, causal=self.shape.causal)
@@ -81,7 +85,7 @@ def cost(s: shapes.Attention, mode: str, itemsize: int) -> tuple[int, int]:
 # ---- a step: forward, or forward and backward to some of the inputs ----
 
 
-def _step(case, attend, mode, tensors=None, wanted=None, grad=None, results=None) -> Step:
+def step(case, attend, mode, tensors=None, wanted=None, grad=None, results=None) -> Step:
     """``attend(*tensors)``, and gradients to those in ``wanted``: by default those of the mode."""
     tensors = case.tensors if tensors is None else tensors
     if wanted is None:
@@ -149,7 +153,7 @@ def _rows(backend):
         # prompts alone are not cheaper here: they are part of q, k and v
         wanted = () if mode == FORWARD else (0, 1, 2)
         attend = lambda q, k, v: sdpa(q, k, v, **options)  # noqa: E731
-        return _step(case, attend, mode, whole, wanted, grad, results)
+        return step(case, attend, mode, whole, wanted, grad, results)
 
     return build
 
@@ -183,7 +187,7 @@ def _concat(backend):
                 keys, values = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
             return sdpa(q, keys, values, **options)
 
-        return _step(case, attend, mode)
+        return step(case, attend, mode)
 
     return build
 
@@ -198,7 +202,7 @@ def _in_cache(case, mode):
     keys, values = (_concatenate(x, p) for x, p in zip((k, v), prompts, strict=True))
     options = dict(enable_gqa=case.shape.Hkv != case.shape.H)
     attend = lambda *_: F.scaled_dot_product_attention(q, keys, values, **options)  # noqa: E731
-    return _step(case, attend, mode)
+    return step(case, attend, mode)
 
 
 def _flex(case, mode):
@@ -219,7 +223,7 @@ def _flex(case, mode):
         w = torch.sigmoid(aux.lse - aux_p.lse)[..., None]
         return (w * out + (1 - w) * out_p).to(q.dtype)
 
-    return _step(case, torch.compile(attend, dynamic=False), mode)
+    return step(case, torch.compile(attend, dynamic=False), mode)
 
 
 def _xformers(case, mode):
@@ -245,7 +249,7 @@ def _xformers(case, mode):
         out = fmha.memory_efficient_attention(q, keys, values, attn_bias=bias)
         return out.reshape(s.B, s.N, s.H, s.d).transpose(1, 2)
 
-    return _step(case, attend, mode)
+    return step(case, attend, mode)
 
 
 def _bare(backend):
@@ -257,22 +261,22 @@ def _bare(backend):
         s, sdpa = case.shape, _sdpa(backend, case.device)
         options = dict(is_causal=s.causal and s.N > 1, enable_gqa=s.Hkv != s.H)
         attend = lambda q, k, v: sdpa(q, k, v, **options)  # noqa: E731
-        return _step(case, attend, mode, case.tensors[:3], () if mode == FORWARD else (0, 1, 2))
+        return step(case, attend, mode, case.tensors[:3], () if mode == FORWARD else (0, 1, 2))
 
     return build
 
 
 def _eager(case, mode):
-    return _step(case, case.reference, mode)
+    return step(case, case.reference, mode)
 
 
 def _compile(case, mode):
-    return _step(case, torch.compile(case.reference, dynamic=False), mode)
+    return step(case, torch.compile(case.reference, dynamic=False), mode)
 
 
 def _fastprompt(case, mode):
     causal = case.shape.causal
-    return _step(case, lambda *tensors: prompt_attention(*tensors, causal=causal), mode)
+    return step(case, lambda *tensors: prompt_attention(*tensors, causal=causal), mode)
 
 
 _A = "A, official way: P+N tokens through SDPA; "

@@ -11,6 +11,7 @@ from torch import Tensor
 WHERE = {  # name -> module:attribute, imported when it is asked for
     "prompt_attention": "benchmarks.prompt_attention:BENCHMARK",
     "prompt_attention_decode": "benchmarks.prompt_attention:DECODING",
+    "prompt_attention_options": "benchmarks.prompt_attention_options:BENCHMARK",
     "decode_4bit": "benchmarks.decode_4bit:DECODE",
     "nf4_linear": "benchmarks.decode_4bit:PRODUCT",
     "select_prompts": "benchmarks.select_prompts:BENCHMARK",

@@ -10,6 +10,8 @@ from benchmarks import check, floor, harness, registry, shapes
 from benchmarks.__main__ import main
 from benchmarks.programs import programs
 from benchmarks.prompt_attention import BENCHMARK, cost
+from benchmarks.prompt_attention_options import BENCHMARK as OPTIONS
+from benchmarks.prompt_attention_options import Shape
 from benchmarks.registry import NotMeasured, Provider, Step
 
 QUICK = ["prompt_attention", "--quick", "--device", "cpu", "--shapes", "SmolLM2-135M"]
@@ -191,6 +193,21 @@ def test_programs_add_up_to_the_whole(model):
     assert forward <= flops["fwd"] <= 1.35 * forward
     # backward by flash attention is seven products: dq's three, and four of keys and prompts
     assert 1.4 * (both - forward) <= sum(flops.values()) - flops["fwd"] <= 2 * (both - forward)
+
+
+@pytest.mark.parametrize("option", ["sets", "left padding", "packed", "window and soft-cap"])
+def test_options_are_what_others_compute_too(option):
+    """Every provider's results are right, on one small shape of each option."""
+    shape = Shape(1 if option == "packed" else 2, 4, 2, 40, 16, 5, option != "sets", option=option)
+    case = OPTIONS.case(shape, torch.float32, "cpu")
+    for name in ("concat-masked", "eager", "fastprompt"):
+        for mode in OPTIONS.modes:
+            if "soft" in option and name == "concat-masked":
+                with pytest.raises(NotMeasured, match="soft-capping"):
+                    OPTIONS.providers[name].build(case, mode)
+                continue
+            step = OPTIONS.providers[name].build(case, mode)
+            assert OPTIONS.judge(case, mode, step.results(step.run())).right, (name, mode)
 
 
 def test_the_parts_of_frozen_blocks(run):
