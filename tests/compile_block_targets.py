@@ -38,7 +38,9 @@ class Norm(NamedTuple):
         r, dr, total = (r, r, total) if self.residual else (None, None, None)
         first = self.kind == "rms"
         norms_triton.forward(x, r, weight, bias, 1e-6, offset, first, y, total, mean, rstd)
-        norms_triton.backward(dy, x, weight, mean, rstd, dr, offset, dx)
+        center = mean is not None
+        norms_triton.backward(dy, x, weight, mean, rstd, dr, 1e-6, offset, center, dx)
+        norms_triton.backward(dy, x, weight, None, None, dr, 1e-6, offset, center, dx)
 
 
 class Activation(NamedTuple):

@@ -8,6 +8,8 @@ from fastprompt import linear4bit
 from fastprompt.blocks import elementwise, products
 from fastprompt.blocks.parts import LAYER, RMS, RMS_PLUS_ONE, Norm
 from fastprompt.blocks.products import project, project_backward
+from fastprompt.ops.rope import backward as rope_backward
+from fastprompt.ops.rope import forward as rope
 
 
 def normal(*shape):
@@ -99,9 +101,13 @@ def test_rotation(turned):
         half = torch.cat([-second, first], -1)
         return torch.cat([own * cos[:, :, None] + half * sin[:, :, None], rest], -1)
 
-    torch.testing.assert_close(elementwise.rotate(x, cos, sin), definition(x))
-    (want,) = by_autograd(definition, [x], dy)
-    torch.testing.assert_close(elementwise.rotate_backward(dy, cos, sin), want)
+    for turn, given, want in (
+        (rope, x, definition(x)),
+        (rope_backward, dy, by_autograd(definition, [x], dy)[0]),
+    ):
+        heads_first = given.clone().transpose(1, 2)
+        got = turn(heads_first, heads_first[:, :1].clone(), cos, sin, out=None)
+        torch.testing.assert_close(got[0].transpose(1, 2), want)
 
 
 @pytest.mark.parametrize("bias", [True, False])
