@@ -11,7 +11,7 @@ from triton.runtime import driver
 
 from fastprompt.ops import activations_triton, dequantize_4bit_triton, norms_triton, rope_triton
 from fastprompt.ops.checks import MOST_CHANNELS
-from fastprompt.ops.nf4_linear import Packed
+from fastprompt.ops.packed import Packed
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -11,7 +11,7 @@ from bitsandbytes.nn import Params4bit
 from fastprompt import native
 from fastprompt.ops import dequantize_4bit, nf4_linear
 from fastprompt.ops.dequantize_4bit import forward
-from fastprompt.ops.nf4_linear import unpack
+from fastprompt.ops.packed import unpack
 
 BACKENDS = ["plain", "without csrc", "reference", "triton"]
 FORMATS = [(kind, nested) for kind in ("nf4", "fp4") for nested in (False, True)]

@@ -13,7 +13,9 @@ from bitsandbytes.nn import Params4bit
 from compare import assert_as_accurate
 
 from fastprompt import native
-from fastprompt.ops.nf4_linear import nf4_linear, unpack
+from fastprompt.ops import scratch
+from fastprompt.ops.nf4_linear import nf4_linear
+from fastprompt.ops.packed import Packed, unpack
 
 ops = importlib.import_module("fastprompt.ops.nf4_linear")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,6 +39,12 @@ def quantise(rows, columns, kind="nf4", nested=True, dtype=torch.float32, blocks
     )
 
 
+def dense_of(weight, dtype=torch.float32):
+    w = weight if isinstance(weight, Packed) else unpack(weight)
+    with ops.decoded(w, dtype=dtype) as dense:
+        return dense.clone()
+
+
 def both(f, x, dy):
     y = f(x)
     return y, torch.autograd.grad(y, x, dy)[0]
@@ -52,7 +60,7 @@ def test_decoding_is_bitsandbytes(path, kind, nested, dtype, blocksize):
     # a multiple of the blocksize: with others bitsandbytes' own CPU kernel is wrong
     packed, state = quantise(96, 512, kind, nested, dtype, blocksize)
     want = bnb.dequantize_4bit(packed, state)
-    assert torch.equal(ops._decode(unpack((packed, state)), dtype), want)
+    assert torch.equal(dense_of((packed, state), dtype), want)
 
 
 @pytest.mark.parametrize("kind, nested", FORMATS)
@@ -66,14 +74,14 @@ def test_odd_sizes(path, kind, nested, rows, columns):
     nibbles = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()
     values = state.code[nibbles] * absmax.repeat_interleave(64)[: len(nibbles), None].flatten()
     want = values[: rows * columns].view(rows, columns)
-    assert torch.equal(ops._decode(w, torch.float32), want)
+    assert torch.equal(dense_of(w), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(192,), (5, 192), (2, 3, 192), (0, 192)])
 def test_product_and_gradient(path, dtype, shape):
     weight, bias = quantise(96, 192), torch.randn(96).to(dtype)
-    dense = ops._decode(unpack(weight), torch.float32).clone()
+    dense = dense_of(weight)
     x = torch.randn(shape).to(dtype).requires_grad_()
     dy = torch.randn(*shape[:-1], 96).to(dtype)
     assert_as_accurate(
@@ -90,7 +98,7 @@ def test_product_and_gradient(path, dtype, shape):
 def test_a_single_token(path, dtype, shape, biased):
     """Generation: never worse than decoding to the dtype and multiplying there."""
     weight, bias = quantise(96, 192), torch.randn(96).to(dtype) if biased else None
-    dense, x = ops._decode(unpack(weight), torch.float32).clone(), torch.randn(shape).to(dtype)
+    dense, x = dense_of(weight), torch.randn(shape).to(dtype)
     want = F.linear(x.double(), dense.double(), bias.double() if biased else None)
     eager, got = F.linear(x, dense.to(dtype), bias), nf4_linear(x, weight, bias)
     assert got.dtype == dtype and got.shape == want.shape
@@ -122,16 +130,16 @@ def test_weights_share_one_buffer_and_nothing_is_kept():
         before = middle.detach().clone()
         out = nf4_linear(middle, second)
     assert kept == [] and torch.equal(middle, before)
-    dense = [ops._decode(unpack(w), torch.float32).clone() for w in (first, second)]
+    dense = [dense_of(w) for w in (first, second)]
     dx = torch.autograd.grad(out.sum(), x)[0]
     torch.testing.assert_close(dx, torch.ones(4, 192) @ dense[1] @ dense[0])
-    ops.free_scratch()
-    assert vars(ops._scratch) == {}
+    scratch.free_scratch()
+    assert vars(scratch._of_thread) == {}
 
 
 def test_buffers_made_in_inference_mode_serve_training():
     weight = quantise(96, 192)
-    ops.free_scratch()
+    scratch.free_scratch()
     with torch.inference_mode():
         want = nf4_linear(torch.ones(2, 192), weight)
     x = torch.ones(2, 192, requires_grad=True)
@@ -200,6 +208,8 @@ def test_refusals():
         ((x, changed(shape=torch.Size([96, 193]))), "9216 bytes"),
         ((x, changed(absmax=state.absmax.bfloat16())), "absmax in torch.uint8"),
         ((x, changed(packing_format_for_cpu=True)), "ordinary storage"),
+        ((x, changed(absmax=state.absmax[:5])), "want absmax contiguous, 288 values; got 5"),
+        ((x, changed(code=state.code[:8])), "want code contiguous, 16 values; got 8"),
         ((x, (trains, state)), "weight must be frozen"),
     ]:
         with pytest.raises(ValueError, match=said):
