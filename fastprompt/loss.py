@@ -1,0 +1,217 @@
+"""A patched language model's loss in training, without its logits.
+
+transformers' causal models end in ``logits = self.lm_head(hidden)`` and, given labels,
+``self.loss_function(logits, labels, ...)``. In a training forward with labels the instance's
+``lm_head`` hands its input on to the instance's ``loss_function``, which is the fused one, and the
+output's logits are None. In every other forward (evaluation, generation, no gradients, no labels,
+as under Trainer's label smoothing or a loss of the user's own) both do what they always did.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from fastprompt import linear4bit
+from fastprompt.blocks.checks import hooked
+from fastprompt.blocks.products import is_4bit
+from fastprompt.ops.linear_cross_entropy import linear_cross_entropy
+
+_SLOT = "_loss_function"  # where transformers keeps an instance's own
+
+
+@dataclass(eq=False)
+class FusedLoss:
+    """What a model's ``lm_head.forward`` and ``loss_function`` are, as one object.
+
+    A plain object that holds its model: it follows it through deepcopy and pickle.
+
+    Attributes:
+        reason: why the last training forward with labels made logits; None: it made none.
+        logits: whether they are to be kept in training, too.
+        hidden: what lm_head was given, between the two calls of a forward that makes no logits.
+    """
+
+    model: nn.Module
+    head: nn.Module
+    logits: bool
+    replaced: Any = None  # lm_head's own forward, where the instance had one (4-bit)
+    reason: str | None = None
+    active: bool = False
+    hidden: Tensor | None = None
+    handles: list = field(default_factory=list)
+
+    @classmethod
+    def put_on(cls, model: nn.Module, name: str, logits: bool) -> FusedLoss | str:
+        """Take both places of a model whose head is named so. Returns why not, if it cannot."""
+        head = model.get_submodule(name)
+        why = _unknown(model, name, head)
+        if why is not None:
+            return why
+        made = cls(model, head, logits, replaced=vars(head).get("forward"))
+        head.forward = Head(made)
+        setattr(model, _SLOT, made)
+        made.handles = [
+            model.register_forward_pre_hook(Enter(made), with_kwargs=True),
+            model.register_forward_hook(Leave(made), always_call=True),
+        ]
+        return made
+
+    def undo(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        own = vars(self.head).get("forward")
+        if isinstance(own, Head) and own.loss is self:
+            del self.head.forward
+            if self.replaced is not None:
+                self.head.forward = self.replaced
+        if vars(self.model).get(_SLOT) is self:
+            delattr(self.model, _SLOT)
+
+    def why_not(self) -> str | None:
+        """What keeps a training forward with labels from doing without logits, as far as known."""
+        return self._obstacle() or self.reason
+
+    def _obstacle(self) -> str | None:
+        head = self.head
+        own = vars(head).get("forward")
+        if self.logits:
+            return "logits=True"
+        if all(m is not head for m in self.model.children()):
+            return "lm_head was replaced"
+        if not isinstance(own, Head) or own.loss is not self:
+            return "lm_head's forward was replaced"
+        if vars(self.model).get(_SLOT) is not self:
+            return "the model's loss_function was replaced"
+        if hooked(head):
+            return "lm_head has hooks"
+        if any(p.requires_grad for p in head.parameters()):
+            return "lm_head trains"
+        if type(head) is nn.Linear and type(head.weight) is not nn.Parameter:
+            return f"lm_head's weight is a {type(head.weight).__name__}"
+        return None
+
+    def given(self, arguments: dict[str, Any]) -> None:
+        """Decides, at the start of a forward with these arguments."""
+        self.active, self.hidden = False, None
+        if not self.model.training or not torch.is_grad_enabled():
+            return
+        if arguments.get("labels") is None or torch.compiler.is_compiling():
+            return
+        self.reason = None
+        kept = arguments.get("logits_to_keep")
+        if isinstance(kept, Tensor) or kept:
+            self.reason = "logits_to_keep"
+        self.active = self.why_not() is None
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """As transformers' ``ForCausalLMLoss``, of what lm_head was given if it made no logits."""
+        if not self.active or self.hidden is None:
+            return ForCausalLMLoss(
+                logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+            )
+        hidden, self.hidden = self.hidden, None
+        if shift_labels is None:  # what each position is to foretell is the next one's label
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        weight, bias = self.head.weight, self.head.bias
+        if self.replaced is not None:
+            weight, dtype = linear4bit.opened(self.head, hidden)
+            if not torch.is_autocast_enabled(hidden.device.type):
+                hidden = hidden.to(dtype)
+        loss = linear_cross_entropy(
+            hidden,
+            weight,
+            shift_labels.to(hidden.device).reshape(hidden.shape[:-1]),
+            bias=bias,
+            reduction="mean" if num_items_in_batch is None else "sum",
+            ignore_index=ignore_index,
+            **_options(self.model.config.get_text_config()),
+        )
+        if num_items_in_batch is None:
+            return loss
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
+
+
+@dataclass(eq=False)
+class Head:
+    """Stands in for ``lm_head.forward``."""
+
+    loss: FusedLoss
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        loss = self.loss
+        if loss.active:
+            loss.hidden = hidden
+            return hidden.new_empty(*hidden.shape[:-1], 0)  # whatever is done to it costs nothing
+        if loss.replaced is not None:
+            return loss.replaced(hidden)
+        return type(loss.head).forward(loss.head, hidden)
+
+
+@dataclass(eq=False)
+class Enter:
+    """Forward pre-hook of the model."""
+
+    loss: FusedLoss
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.loss.given(dict(zip(names, args, strict=False)) | kwargs)
+
+
+@dataclass(eq=False)
+class Leave:
+    """Forward hook of the model, called even when its forward raised."""
+
+    loss: FusedLoss
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        active, self.loss.active, self.loss.hidden = self.loss.active, False, None
+        if not active or output is None:
+            return None
+        if isinstance(output, tuple):  # return_dict=False: the loss comes first, then logits
+            return (output[0], *output[2:])
+        # an output's key cannot be taken away, nor set to None
+        return type(output)(**{k: v for k, v in output.items() if k != "logits"})
+
+
+def _unknown(model: nn.Module, name: str, head: nn.Module) -> str | None:
+    """What of model or head the fused loss would leave out; asked once."""
+    if "." in name:
+        return f"the head is {name}, want the model's own child"
+    forward = inspect.unwrap(type(model).forward)
+    if not forward.__module__.startswith("transformers."):
+        return "the model's forward is not transformers' own"
+    if vars(model).get(_SLOT) is not None or model.loss_function is not ForCausalLMLoss:
+        return "a loss function of its own"
+    if any(p.requires_grad for p in head.parameters()):
+        return "lm_head trains"
+    if is_4bit(head):
+        return None
+    if type(head) is not nn.Linear:
+        return f"lm_head is a {type(head).__name__}, want nn.Linear or Linear4bit"
+    return "lm_head's forward was replaced" if "forward" in vars(head) else None
+
+
+def _options(config: Any) -> dict[str, float]:
+    """What the model does to its logits: Gemma caps them, Cohere and Granite scale them."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return dict(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
