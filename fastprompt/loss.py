@@ -48,10 +48,10 @@ class FusedLoss:
     handles: list = field(default_factory=list)
 
     @classmethod
-    def put_on(cls, model: nn.Module, name: str, logits: bool) -> FusedLoss | str:
-        """Take both places of a model whose head is named so. Returns why not, if it cannot."""
-        head = model.get_submodule(name)
-        why = _unknown(model, name, head)
+    def put_on(cls, model: nn.Module, logits: bool) -> FusedLoss | str:
+        """Take both places of a model that has an lm_head. Returns why not, if it cannot."""
+        head = model.lm_head
+        why = _unknown(model, head)
         if why is not None:
             return why
         made = cls(model, head, logits, replaced=vars(head).get("forward"))
@@ -192,10 +192,8 @@ class Leave:
         return type(output)(**{k: v for k, v in output.items() if k != "logits"})
 
 
-def _unknown(model: nn.Module, name: str, head: nn.Module) -> str | None:
+def _unknown(model: nn.Module, head: nn.Module) -> str | None:
     """What of model or head the fused loss would leave out; asked once."""
-    if "." in name:
-        return f"the head is {name}, want the model's own child"
     forward = inspect.unwrap(type(model).forward)
     if not forward.__module__.startswith("transformers."):
         return "the model's forward is not transformers' own"

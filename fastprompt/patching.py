@@ -260,8 +260,8 @@ def _apply(done: Patch) -> None:
             done.skipped[block.name] = "nothing reads its output: no prompt, and not run by LLaVA"
 
     _switch_configs(done, prompted)
-    if "lm_head" in done.anatomy.parts:
-        done.loss = FusedLoss.put_on(model, done.anatomy.parts["lm_head"], logits=done.logits)
+    if isinstance(getattr(model, "lm_head", None), nn.Module):
+        done.loss = FusedLoss.put_on(model, logits=done.logits)
         if isinstance(done.loss, FusedLoss):
             done._undo.append(("loss", done.loss))
     if done.memory != "off":

@@ -54,7 +54,7 @@ def report(patch: Patch) -> str:
             f"  on the CPU  {how}" + ("" if native.available() else f": {native.why_missing()}")
         )
     lines += ["", *_blocks(patch)]
-    if "lm_head" in patch.anatomy.parts:
+    if hasattr(model, "lm_head"):
         lines.append(_loss(patch))
     lines += ["", f"attention backend  {_backend(patch)}"]
     if patch.skipped:

@@ -100,7 +100,7 @@ def _loss(
         p -= smoothing / p.shape[1]
     if softcap is not None:
         p *= slope
-    return loss, p.mul_(torch.where(counted, scale, 0.0))
+    return loss, p.mul_(scale).masked_fill_(~counted, 0.0)
 
 
 @contextlib.contextmanager
