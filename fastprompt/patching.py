@@ -265,8 +265,7 @@ def _apply(done: Patch) -> None:
         if isinstance(done.loss, FusedLoss):
             done._undo.append(("loss", done.loss))
     if done.memory != "off":
-        made = done.logits or isinstance(done.loss, str)
-        frozen = freeze(model, prompted, done.memory, logits=made)
+        frozen = freeze(model, prompted, done.memory)
         done.memories, done.unfused = frozen.memories, frozen.unfused
         done._undo += [("block", block) for block in frozen.blocks]
     for tower in prompted:

@@ -180,17 +180,14 @@ class FrozenTowers(NamedTuple):
     unfused: dict[str, str]  # block name -> why it never runs as one node
 
 
-def freeze(
-    model: nn.Module, towers: list[Tower], memory: str, *, logits: bool = True
-) -> FrozenTowers:
+def freeze(model: nn.Module, towers: list[Tower], memory: str) -> FrozenTowers:
     """Let each block of the towers, whose attention modules have their `SideKeys`, run as one
-    node, where it can. ``memory``: of `memory.CHOICES`; ``logits``: whether training makes any."""
+    node, where it can. ``memory``: of `memory.CHOICES`."""
     done = FrozenTowers([], {}, {})
     for i, tower in enumerate(towers):
         # towers run one after another: each leaves as much to those after it as it takes
         share = 0.8 / (len(towers) - i)
-        behind = _logits(model, tower) if logits else 0
-        own = done.memories[tower.name] = Memory(memory, share=share, behind=behind)
+        own = done.memories[tower.name] = Memory(memory, share=share, behind=_logits(model, tower))
         for block in tower.blocks:
             why = block.undescribed
             if block.parts is not None:
