@@ -1,4 +1,7 @@
-"""Run the benchmarks.  python -m benchmarks --list says what there is."""
+"""Run the benchmarks.  python -m benchmarks --list says what there is.
+
+``python -m benchmarks cards`` is a command of its own: see `benchmarks.cards`.
+"""
 
 import argparse
 import json
@@ -11,7 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each look at CPU memory 
 
 import torch
 
-from benchmarks import floor, harness, registry, report
+from benchmarks import floor, harness, isolated, registry, report
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -61,9 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         for model, shape in shapes[benchmark.name].items():
             if args.shapes and model not in args.shapes:
                 continue
-            new = harness.run_shape(
-                benchmark, model, shape, dtype, device, providers, skipped, effort
-            )
+            run_shape = isolated.run_shape if benchmark.truth else harness.run_shape
+            new = run_shape(benchmark, model, shape, dtype, device, providers, skipped, effort)
             report.print_rows(new, benchmark.baseline)
             rows += new
             if args.json:  # after each shape: a run that is cut off keeps what it had
@@ -110,7 +112,7 @@ def _predict(benchmarks, shapes, args) -> None:
                 continue
             for mode in b.modes:
                 moved, flops = b.cost(shape, mode, 2)
-                ms = floor.predicted_ms(moved, flops, args.predict)
+                ms = floor.predicted_ms(moved, flops, args.predict, b.in_turn)
                 rows.append(
                     dict(
                         benchmark=b.name,
@@ -150,4 +152,8 @@ def _list(benchmarks, shapes) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["cards"]:  # no times, and a command line of its own
+        from benchmarks import cards
+
+        sys.exit(cards.main(sys.argv[2:]))
     sys.exit(main())

@@ -55,37 +55,43 @@ def run_shape(
     except NotMeasured as why:
         case, rows, skipped = None, [], dict.fromkeys(providers, str(why))
     for mode in benchmark.modes:
-        common = dict(benchmark=benchmark.name, model=model, shape=str(shape), size=asdict(shape))
-        common |= dict(dtype=str(dtype).removeprefix("torch."), mode=mode)
-        if benchmark.cost:
-            cost = benchmark.cost(shape, mode, dtype.itemsize)
-            common["floor_ms"] = floor_ms(*cost, dtype, device)
+        common = about(benchmark, model, shape, dtype, device, mode)
         found, steps = {}, {}
-        _say(f"{model} {shape}, {mode}: checking")
+        say(f"{model} {shape}, {mode}: checking")
         for name, provider in providers.items():
-            _say(f" {name}")
+            say(f" {name}")
             if name in skipped:
                 found[name] = dict(status="not measured", reason=skipped[name])
             else:
-                found[name], step = _prepare(benchmark, provider, case, mode, device)
+                found[name], step = prepare(benchmark, provider, case, mode, device)
                 if step:
                     steps[name] = step
-        _say("; timing\n")
+        say("; timing\n")
         measured = measure(steps, device, effort)
         for name, verdict in found.items():
             rows.append({**common, "provider": name, **verdict, **measured.get(name, {})})
-        _set_against_baseline(rows[-len(found) :], benchmark.baseline)
+        set_against_baseline(rows[-len(found) :], benchmark.baseline)
     return rows
 
 
-def _prepare(benchmark, provider, case, mode, device) -> tuple[dict, Step | None]:
+def about(benchmark: Benchmark, model: str, shape, dtype, device: str, mode: str) -> dict:
+    """What the rows of one mode of a shape have in common."""
+    common = dict(benchmark=benchmark.name, model=model, shape=str(shape), size=asdict(shape))
+    common |= dict(dtype=str(dtype).removeprefix("torch."), mode=mode)
+    if benchmark.cost:
+        cost = benchmark.cost(shape, mode, dtype.itemsize)
+        common["floor_ms"] = floor_ms(*cost, dtype, device, benchmark.in_turn)
+    return common
+
+
+def prepare(benchmark, provider, case, mode, device) -> tuple[dict, Step | None]:
     """Run a provider once and judge what it gave; a Step only if it may be timed."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             step = provider.build(case, mode)
             results = step.results(step.run())
-            _synchronize(device)  # what goes wrong on the device belongs to this provider
+            synchronize(device)  # what goes wrong on the device belongs to this provider
         except NotMeasured as why:
             return dict(status="not measured", reason=str(why)), None
         except Exception as error:  # anyone's code may raise anything, and a row says what
@@ -115,7 +121,7 @@ def _reason(error: Exception, said: list[warnings.WarningMessage]) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, end="", file=sys.stderr, flush=True)
 
 
@@ -123,7 +129,7 @@ def _json_number(x: float) -> float | str:
     return x if abs(x) < float("inf") else str(x)  # JSON knows no inf and no nan
 
 
-def _set_against_baseline(rows: list[dict], baseline: str) -> None:
+def set_against_baseline(rows: list[dict], baseline: str) -> None:
     base = next((row.get("median_ms") for row in rows if row["provider"] == baseline), None)
     for row in rows:
         if base and "median_ms" in row:
@@ -135,7 +141,7 @@ def _set_against_baseline(rows: list[dict], baseline: str) -> None:
 
 def measure(steps: dict[str, Step], device: str, effort: Effort) -> dict[str, dict]:
     """{name: median, 20th and 80th percentile in ms, number of samples, peak memory in MiB}."""
-    clock = _cuda_ms if device == "cuda" else _cpu_ms
+    clock = clock_of(device)
     reps, peaks, samples = {}, {}, {name: [] for name in steps}
     for name, step in steps.items():
         for _ in range(effort.warm_ups):
@@ -147,10 +153,15 @@ def measure(steps: dict[str, Step], device: str, effort: Effort) -> dict[str, di
         for name, step in steps.items():
             # the first of a turn finds cold caches and an empty queue: run it, do not count it
             samples[name] += clock(step.run, reps[name] + 1)[1:]
-    return {name: _quantiles(samples[name]) | dict(peak_mib=peaks[name]) for name in steps}
+    return {name: quantiles(samples[name]) | dict(peak_mib=peaks[name]) for name in steps}
 
 
-def _quantiles(samples: list[float]) -> dict:
+def clock_of(device: str) -> Callable[[Callable, int], list[float]]:
+    """(run, times) -> milliseconds of each."""
+    return _cuda_ms if device == "cuda" else _cpu_ms
+
+
+def quantiles(samples: list[float]) -> dict:
     low, middle, high = torch.tensor(samples).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
     return dict(median_ms=middle, p20_ms=low, p80_ms=high, samples=len(samples))
 
@@ -200,6 +211,6 @@ def _peak_mib(run: Callable, device: str) -> float:
     return peak / 2**20
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()

@@ -18,8 +18,13 @@ try:
 except ImportError:  # the table is as true in plain text
     rich = None
 
-PACKAGES = ("torch", "triton", "transformers", "xformers", "bitsandbytes")
+PACKAGES = ("torch", "triton", "transformers", "xformers", "bitsandbytes", "liger-kernel", "peft")
 COLUMNS = ("provider", "ms", "p20-p80", "peak MiB", "speed-up", "check")
+STEPS = {  # more columns, where any row has them
+    "tokens_per_s": ("tokens/s", "{:.0f}"),
+    "kernels": ("kernels", "{}"),
+    "over_floor": ("over floor", "{:.2f}x"),
+}
 
 
 def environment(device: str, commit: str | None, command: str) -> dict:
@@ -90,7 +95,10 @@ def print_rows(rows: list[dict], baseline: str) -> None:
         if first.get("floor_ms"):
             title += f" (predicted floor {first['floor_ms']:.3f} ms)"
         title += f"; speed-up over {baseline}"
-        _print_table(title, [_cells(row) for row in group if row["status"] != "not measured"])
+        shown = [row for row in group if row["status"] != "not measured"]
+        more = [key for key in STEPS if any(row.get(key) for row in shown)]
+        columns = (*COLUMNS[:-1], *(STEPS[key][0] for key in more), COLUMNS[-1])
+        _print_table(title, columns, [_cells(row, more) for row in shown])
         absent = {}
         for row in group:
             if row["status"] == "not measured":
@@ -99,28 +107,32 @@ def print_rows(rows: list[dict], baseline: str) -> None:
             print(f"not measured: {', '.join(names)}: {reason}")
 
 
-def _cells(row: dict) -> tuple[str, ...]:
+def _cells(row: dict, more: list[str]) -> tuple[str, ...]:
     name = row["provider"]
     if row["status"] != "measured":
-        return name, "", "", "", "", f"{row['status'].upper()}: {row['reason']}"
+        return name, "", "", "", "", *[""] * len(more), f"{row['status'].upper()}: {row['reason']}"
     checked = row.get("unchecked") or f"{row['error_over_limit']:.2f} of limit"
     speedup = f"{row['speedup']:.2f}x" if "speedup" in row else ""
     spread = f"{row['p20_ms']:.3f}-{row['p80_ms']:.3f}"
-    return name, f"{row['median_ms']:.3f}", spread, f"{row['peak_mib']:.1f}", speedup, checked
+    peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
+    extra = [STEPS[key][1].format(row[key]) if row.get(key) else "" for key in more]
+    return name, f"{row['median_ms']:.3f}", spread, peak, speedup, *extra, checked
 
 
-def _print_table(title: str, rows: list[tuple[str, ...]]) -> None:
+def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     print(f"\n{title}")
+    last = len(columns) - 1
     if rich:
         table = Table()
-        for i, column in enumerate(COLUMNS):
-            table.add_column(column, justify="right" if 0 < i < 5 else "left", no_wrap=i < 5)
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if 0 < i < last else "left", no_wrap=i < last)
         for row in rows:
             table.add_row(*row)
         # into a file or a pipe rich would squeeze the table into 80 columns
         Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
         return
-    widths = [max(len(row[i]) for row in [COLUMNS, *rows]) for i in range(5)]
-    for row in [COLUMNS, *rows]:
-        cells = [row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(last)]
+    for row in [columns, *rows]:
+        middle = (row[i].rjust(widths[i]) for i in range(1, last))
+        cells = [row[0].ljust(widths[0]), *middle, row[last]]
         print("  ".join(cells))

@@ -220,10 +220,14 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
       Lanes best = splat(-kInfinity), sum = {};
       for (int64_t j = 0; j < keys; ++j) best = larger(best, load(s + j * across + i));
       const Lanes base = best > splat(-kInfinity) ? best : Lanes{};  // -inf - -inf would be NaN
-      for (int64_t j = 0; j < keys; ++j) {
-        const Lanes p = exponential(load(s + j * across + i) - base);
-        store(s + j * across + i, p);
-        sum += p;
+      for (int64_t j = 0; j < keys;) {
+        Lanes part = {};  // thousands of keys in one long float32 sum would be its own error
+        for (const int64_t stop = least(j + kDepth, keys); j < stop; ++j) {
+          const Lanes p = exponential(load(s + j * across + i) - base);
+          store(s + j * across + i, p);
+          part += p;
+        }
+        sum += part;
       }
       store(top + i, best);
       store(total + i, sum);

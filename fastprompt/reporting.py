@@ -131,7 +131,10 @@ def _backend(patch: Patch) -> str:
     model = patch.anatomy.towers[0].model
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     chosen = chosen_backend(like)
-    rest = "; what that does not take (4-D masks, single tokens) goes to vendor"
+    rest = (
+        "; what that does not take (float16, 4-D masks, soft-capping, packed rows, prompt sets, "
+        "single tokens, fewer heads than threads) goes to vendor"
+    )
     return f"auto: {chosen} (on {like.device.type})" + rest * (chosen == "native")
 
 

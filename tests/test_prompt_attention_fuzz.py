@@ -75,12 +75,14 @@ def calls(draw, half, any_number=False):
                 st.tuples(st.integers(rows, 40), st.integers(rows, 40)), min_size=1, max_size=4
             )
         )
-        lengths = [(n, n + m if causal else m) for n, m in lengths]
+        cached = draw(st.booleans())
+        lengths = [(n, (n + m if cached else n) if causal else m) for n, m in lengths]
         B, samples = 1, len(lengths)
         N, M = (sum(x) for x in zip(*lengths, strict=True))
     else:
         B, N, M = (draw(st.integers(*r)) for r in ((1, 3), (max(1, rows), 70), (rows, 70)))
-        samples, M = B, N + M if causal else M
+        samples, cached = B, draw(st.booleans())
+        M = (N + M if cached else N) if causal else M
     kwargs = dict(causal=causal, scale=draw(st.sampled_from([None, 0.5, -0.2])))
     kwargs["window"] = draw(st.sampled_from([None, None, 1, 7, 100]))
     kwargs["softcap"] = draw(st.sampled_from([None, None, 1.0, 30.0]))

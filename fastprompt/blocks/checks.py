@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastprompt.blocks.parts import Norm, Parts, Vector
-from fastprompt.blocks.products import is_4bit
+from fastprompt.blocks.products import is_adopted
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _RECORDERS = "transformers.utils.output_capturing"
@@ -34,7 +34,7 @@ def unknown(parts: Parts, found: list[Inside]) -> str | None:
     for part in found:
         module, kind = part.module, type(part.module)
         name = f"{part.name} is " if part.name else ""
-        if "forward" in vars(module) and not is_4bit(module):
+        if "forward" in vars(module) and not is_adopted(module):
             return f"{part.name}'s forward was replaced" if name else "its forward was replaced"
         if not _is_as_published(module):
             return f"{name}a {kind.__name__} with a forward of its own"
@@ -46,7 +46,7 @@ def unknown(parts: Parts, found: list[Inside]) -> str | None:
         ):
             return f"{part.name} is a {kind.__name__}, which frozen blocks do not know"
     for part in parts.products:
-        if type(part) is not nn.Linear and not is_4bit(part):
+        if type(part) is not nn.Linear and not is_adopted(part):
             return f"a product is a {type(part).__name__}, want nn.Linear or Linear4bit"
     return None
 
@@ -65,7 +65,7 @@ def obstacle(parts: Parts, found: list[Inside]) -> str | None:
             or own["_backward_hooks"] or own["_backward_pre_hooks"]
         ) and inner and hooked(module):  # fmt: skip
             return f"{part.name} has hooks"
-        if "forward" in own and inner and not is_4bit(module):
+        if "forward" in own and inner and not is_adopted(module):
             return f"{part.name}'s forward was replaced"
         for name, p in own["_parameters"].items():
             if p is not None and p.requires_grad:

@@ -16,7 +16,7 @@ from fastprompt.ops.nf4_linear import decoded, nf4_linear, nf4_linear_backward
 from fastprompt.ops.packed import Packed, unpack
 
 
-def is_4bit(part: nn.Module) -> bool:
+def is_adopted(part: nn.Module) -> bool:
     """Whether the part is a Linear4bit with our product behind it."""
     return isinstance(vars(part).get("forward"), linear4bit.Product)
 
@@ -47,7 +47,7 @@ def project_backward(grads: Sequence[Tensor], parts: Sequence[nn.Module], autoca
     (first, *grads), (part, *parts) = grads, parts
     dx = _gradient(first, part, autocast)
     for dy, part in zip(grads, parts, strict=True):
-        if is_4bit(part):
+        if is_adopted(part):
             dx += _gradient(dy, part, autocast)
         else:  # added by the product itself
             dx.flatten(0, -2).addmm_(dy.flatten(0, -2), part.weight.to(dy.dtype))
@@ -106,7 +106,7 @@ def _biases(parts: Sequence[nn.Module], like: Tensor) -> Tensor | None:
 
 
 def _product(x: Tensor, part: nn.Module, autocast: bool) -> Tensor:
-    if is_4bit(part):
+    if is_adopted(part):
         weight, dtype = linear4bit.opened(part, x)
         dtype = x.dtype if autocast else dtype
         return nf4_linear(x, weight, part.bias, dtype=dtype).to(x.dtype)
@@ -115,7 +115,7 @@ def _product(x: Tensor, part: nn.Module, autocast: bool) -> Tensor:
 
 
 def _gradient(dy: Tensor, part: nn.Module, autocast: bool) -> Tensor:
-    if is_4bit(part):
+    if is_adopted(part):
         weight, dtype = linear4bit.opened(part, dy)
         dtype = dy.dtype if autocast else dtype
         return nf4_linear_backward(dy.to(dtype), weight).to(dy.dtype)

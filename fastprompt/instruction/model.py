@@ -63,8 +63,8 @@ class InstructionViT(nn.Module):
         projection: a trainable linear map to the backbone's width; None: where widths differ. It
             starts as an orthogonal one, so that classes lie as they did in the encoder's space.
         token_scale: norm of a class row as it enters, over the mean norm of the backbone's own
-            image tokens there. Unit features as they are would be drowned: outputs of different
-            classes were alike to a cosine of 0.99 in DINOv2-S, and to 0.7 at scale 1.
+            image tokens there. Unit features as they are are drowned: in DINOv2-S at 56 pixels the
+            outputs of 16 emoji's names were alike to a cosine of 0.96, at scale 1 to 0.6.
         alignment: weight of the aligning loss (the paper's lambda).
         temperature: of the cosine logits.
         token_order: one of `backbones.ORDERS`.

@@ -1,7 +1,7 @@
 """What `prompt_attention` takes beside its five tensors, and what it refuses."""
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,19 +61,49 @@ TENSORS = (
 )  # fmt: skip
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, o: Options) -> None:
-    """Raises ValueError for whatever the op does not serve, saying what was wanted and came."""
-    if o.backend not in BACKENDS:
-        raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {o.backend!r}")
+def check_ranks(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> None:
+    """Raises ValueError for what is no tensor, or has no head dimension to be read off it."""
     _want_tensors(dict(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v))
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(
             f"want q [B, Hq, N, d] and k [B, Hkv, M, d]; got {_shape(q)} and {_shape(k)}"
         )
-    _check_backend(o.backend, q.device.type)
-    (B, Hq, N, d), (Hkv, M) = q.shape, k.shape[1:3]
+    d = q.shape[-1]
     if d % 8 or not 0 < d <= 256:
         raise ValueError(f"d: want a multiple of 8 up to 256, got {d}")
+
+
+def as_number(name: str, x: Any) -> float:
+    """A plain number out of what a caller gives; gradients would be lost on the way."""
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise ValueError(f"{name}: want it frozen (this op gives no gradient for it)")
+    if isinstance(x, (bool, str)) or (isinstance(x, Tensor) and x.numel() != 1):
+        raise ValueError(f"{name}: want a number, got {type(x).__name__}")
+    try:
+        return float(x)
+    except TypeError as error:
+        raise ValueError(f"{name}: want a number, got {type(x).__name__}") from error
+
+
+def _check_numbers(o):
+    if not isinstance(o.causal, (bool, torch.SymBool)):
+        raise ValueError(f"causal: want True or False, got {o.causal!r}")
+    if not -float("inf") < o.scale < float("inf"):
+        raise ValueError(f"scale: want a finite number, got {o.scale}")
+    if o.softcap is not None and not 0 < o.softcap < float("inf"):
+        raise ValueError(f"softcap: want a finite number above 0, got {o.softcap}")
+    whole = isinstance(o.window, (int, torch.SymInt)) and not isinstance(o.window, bool)
+    if o.window is not None and not (whole and o.window >= 1):
+        raise ValueError(f"window: want an integer of at least 1, got {o.window!r}")
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, o: Options) -> None:
+    """Raises ValueError for whatever the op does not serve, saying what was wanted and came."""
+    if o.backend not in BACKENDS:
+        raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {o.backend!r}")
+    _check_numbers(o)
+    _check_backend(o.backend, q.device.type)
+    (B, Hq, N, d), (Hkv, M) = q.shape, k.shape[1:3]
     if Hkv == 0 or Hq == 0 or Hq % Hkv:
         raise ValueError(f"want Hkv to divide Hq, both above 0; got Hkv {Hkv} and Hq {Hq}")
     _want("k", k, (B, Hkv, M, d))
@@ -92,10 +122,6 @@ def check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, o
         _want("key_mask", o.key_mask, (B, M), q.device)
     _want_mask("attn_mask", o.attn_mask, (B, Hq, N, M), q.device, or_bool=True)
     _want_mask("prompt_bias", o.prompt_bias, (B, Hq, N, P), q.device, or_bool=False)
-    if o.window is not None and not (isinstance(o.window, (int, torch.SymInt)) and o.window >= 1):
-        raise ValueError(f"window: want an integer of at least 1, got {o.window}")
-    if o.softcap is not None and not 0 < o.softcap < float("inf"):
-        raise ValueError(f"softcap: want a finite number above 0, got {o.softcap}")
 
 
 def _check_backend(backend, device):
@@ -134,6 +160,7 @@ def _check_packed(q, o):
         raise ValueError("cu_seqlens_q and cu_seqlens_k: want both or none of them")
     if not o.packed:
         return
+    _want_tensors(dict(cu_seqlens_q=o.cu_seqlens_q, cu_seqlens_k=o.cu_seqlens_k))
     if q.shape[0] != 1:
         raise ValueError(f"cu_seqlens_q: want packed rows, a batch of 1; got {q.shape[0]}")
     for name in ("key_mask", "attn_mask", "prompt_bias"):
@@ -153,7 +180,9 @@ def _check_prompts(prompt_k, prompt_v, sizes, o):
             raise ValueError("prompt_len: want prompt_index beside it, which picks the set")
         if prompt_k.ndim == 4:
             raise ValueError("prompt_k: want prompt_index beside several sets, or [Hkv, P, d]")
-        P = prompt_k.shape[1] if prompt_k.ndim == 3 else 0
+        if prompt_k.ndim != 3:
+            raise ValueError(f"prompt_k: want [{Hkv}, P, {d}], got {_shape(prompt_k)}")
+        P = prompt_k.shape[1]
         _want("prompt_k", prompt_k, (Hkv, P, d))
         _want("prompt_v", prompt_v, (Hkv, P, d))
         return
@@ -164,6 +193,10 @@ def _check_prompts(prompt_k, prompt_v, sizes, o):
             f"prompt_k: want sets [S, {Hkv}, P, {d}] for prompt_index, got {_shape(prompt_k)}"
         )
     S, P = prompt_k.shape[0], prompt_k.shape[2]
+    if S == 0 and samples:
+        raise ValueError(
+            f"prompt_k: want at least one set for prompt_index, got {_shape(prompt_k)}"
+        )
     _want("prompt_k", prompt_k, (S, Hkv, P, d))
     _want("prompt_v", prompt_v, (S, Hkv, P, d))
     if o.prompt_len is not None:
@@ -219,7 +252,7 @@ def _want_mask(name, mask, full, device, or_bool):
     if mask.ndim != 4 or mask.shape[0] not in (1, B) or mask.shape[1] not in (1, H):
         raise ValueError(f"{name}: want [{B} or 1, {H} or 1, {N}, {M}], got {_shape(mask)}")
     _want(name, mask, (*mask.shape[:2], N, M), device)
-    if not (mask.is_floating_point() or (or_bool and mask.dtype == torch.bool)):
+    if not (mask.dtype in DTYPES or (or_bool and mask.dtype == torch.bool)):
         kinds = "bool or floating point" if or_bool else "floating point"
         raise ValueError(f"{name}: want {kinds}, got {mask.dtype}")
     if mask.requires_grad:

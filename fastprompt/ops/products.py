@@ -27,12 +27,15 @@ def attend(
     """
     for h, n in _pieces(q, k):
         s, _ = _scores(q[h, n], k[h], scale, softcap, _part(bias, h, n))
-        top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
-        p = s.sub_(top).exp_()
-        total = torch.logaddexp(lse[h, n], (top + p.sum(-1, keepdim=True).log()).squeeze(-1))
-        whole = total.masked_fill(total == -torch.inf, 0.0)[..., None]  # saw nothing: -inf + inf
-        out[h, n] *= (lse[h, n, None] - whole).exp_()
-        out[h, n].baddbmm_(p.mul_((top - whole).exp_()).to(q.dtype), v[h])
+        top = s.amax(-1, keepdim=True)
+        # everything relative to the highest score: the sum would be lost in a logarithm far from 0
+        most = torch.maximum(top, lse[h, n, None]).clamp_(min=torch.finfo(s.dtype).min)
+        p, before = s.sub_(most).exp_(), (lse[h, n, None] - most).exp_()
+        whole = before + p.sum(-1, keepdim=True)
+        seen = whole.masked_fill(whole == 0, 1.0)  # or nothing was: the result stays 0
+        out[h, n] *= before / seen
+        out[h, n].baddbmm_(p.div_(seen).to(q.dtype), v[h])
+        total = (most + whole.log()).squeeze(-1)
         lse[h, n] = total
 
 

@@ -20,6 +20,7 @@ Backends, each with a ``forward`` and a ``backward`` of the same arguments:
 """
 
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -29,7 +30,15 @@ from fastprompt.ops import prompt_attention_merge as merge
 from fastprompt.ops import prompt_attention_native as compiled
 from fastprompt.ops import reference, vendors
 from fastprompt.ops.layout import distinct, in_our_layout, rows_like
-from fastprompt.ops.options import SCHEMA, TENSORS, Options, check, check_values
+from fastprompt.ops.options import (
+    SCHEMA,
+    TENSORS,
+    Options,
+    as_number,
+    check,
+    check_ranks,
+    check_values,
+)
 
 # ---- op: schema, fake, dispatch ----
 
@@ -183,7 +192,8 @@ def prompt_attention(
         prompt_len: [S] int32 or int64: the first so many rows of a set exist.
         backend: "triton" (CUDA; on the CPU it wants its interpreter); "native", csrc's kernel on
             the CPU, for float32 and bfloat16 without attn_mask, prompt_bias, softcap, packing or
-            sets, and N above 1, while every other call is sent on to "vendor"; "vendor", torch's
+            sets, N above 1 and B·Hkv not below the threads, while every other call is sent on to
+            "vendor"; "vendor", torch's
             own attention on the tokens and the prompts merged in (on CUDA, packing and sets make
             it wait for the device); "xformers", the same with that package; "reference", plain
             PyTorch. "auto" is Triton on CUDA from sm_80 on, and native on the CPU.
@@ -196,7 +206,10 @@ def prompt_attention(
     Raises:
         ValueError: a shape, stride, dtype, device or mask that the op does not serve.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    check_ranks(q, k, v, prompt_k, prompt_v)
+    scale = q.shape[-1] ** -0.5 if scale is None else as_number("scale", scale)
+    softcap = None if softcap is None else as_number("softcap", softcap)
+    window = int(window) if isinstance(window, Integral) and type(window) is not bool else window
     o = Options(
         causal, scale, key_mask, attn_mask, prompt_bias, window, softcap,
         cu_seqlens_q, cu_seqlens_k, prompt_index, prompt_len, backend,

@@ -146,7 +146,8 @@ def _is_whole(pieces: list[_Piece], q: Tensor, k: Tensor) -> bool:
 def _attend(vendor, q, k, v, o, piece) -> tuple[Tensor, Tensor]:
     mask, causal = _vendor_mask(q, k, o, piece)
     if o.softcap is None:
-        out, lse = vendor.attend(q, k, v, mask, causal, o.scale)
+        turned, scale, _ = _scaled_up(q, o.scale)
+        out, lse = vendor.attend(turned, k, v, mask, causal, scale)
         hidden = _sees_nothing(q, k, mask, causal, o)
         if hidden is not None:  # vendors differ in what they answer there
             out, lse = (
@@ -165,7 +166,9 @@ def _attend(vendor, q, k, v, o, piece) -> tuple[Tensor, Tensor]:
 def _gradients(vendor, dout, out, lse, q, k, v, o, piece):
     mask, causal = _vendor_mask(q, k, o, piece)
     if o.softcap is None:
-        return vendor.gradients(dout, q, k, v, out, lse, mask, causal, o.scale)
+        turned, scale, sign = _scaled_up(q, o.scale)
+        dq, dk, dv = vendor.gradients(dout, turned, k, v, out, lse, mask, causal, scale)
+        return dq if sign == 1 else dq * sign, dk, dv
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     delta = (dout.float() * out).sum(-1)
     for b in range(q.shape[0]):
@@ -177,6 +180,16 @@ def _gradients(vendor, dout, out, lse, q, k, v, o, piece):
         for total, part in zip((dk, dv), given, strict=True):
             total[b] = part.unflatten(0, (k.shape[1], -1)).sum(1)
     return dq, dk, dv
+
+
+def _scaled_up(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
+    """(q times the sign of scale, a scale above 0, that sign).
+
+    Vendors hide with -inf before they multiply: a scale below 0 would show it, 0 give NaN.
+    """
+    if scale > 0:
+        return q, scale, 1
+    return (-q, -scale, -1) if scale < 0 else (torch.zeros_like(q), 1.0, 0)
 
 
 def _vendor_mask(q, k, o: Options, piece) -> tuple[Tensor | None, bool]:
@@ -231,6 +244,10 @@ def _shares(B: int, P: int, o: Options) -> Iterator[_Share]:
     if o.prompt_index is None and o.prompt_bias is None:
         yield _Share(lambda x: x.transpose(0, 1).flatten(1, 2), None, P, None)
         return
+    if o.prompt_bias is not None:
+        # whoever writes the lowest number means hidden
+        lowest = o.prompt_bias <= torch.finfo(o.prompt_bias.dtype).min
+        o = o._replace(prompt_bias=o.prompt_bias.masked_fill(lowest, -torch.inf))
     ends = o.cu_seqlens_q.tolist() if o.packed else None
     which = None if o.prompt_index is None else o.prompt_index.tolist()
     lengths = None if o.prompt_len is None else o.prompt_len.tolist()

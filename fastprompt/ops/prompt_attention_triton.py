@@ -7,7 +7,8 @@ Forward is one kernel; two where few queries meet many keys (decoding): the keys
 out, and the shares merged. Backward is dq (which also leaves delta = sum_d dout · out), dk/dv, and
 the prompts' gradients, whose sum over the batch takes two stages: every program writes its share,
 one small kernel adds the shares in a fixed order. No atomics, so two runs agree bit for bit. Where
-the tokens need no gradient, only the prompts' two kernels run.
+the tokens need no gradient, only the prompts' two kernels run. Sets of prompts cost three small
+launches of torch's more (a sort of the samples by set), and partial sums of their own size or more.
 """
 
 import torch

@@ -58,6 +58,11 @@ def prompt_attention_with_weights(
     groups = Hq // k.shape[1]
     if prompt_index is not None:
         prompt_k, prompt_v = prompt_k[prompt_index], prompt_v[prompt_index]  # [B, Hkv, P, d]
+    if prompt_len is not None:
+        absent = torch.arange(P, device=q.device) >= prompt_len[prompt_index][:, None]  # [B, P]
+        # whatever lies there is not read: 0 times NaN would be NaN
+        gone = absent[:, None, :, None]
+        prompt_k, prompt_v = prompt_k.masked_fill(gone, 0.0), prompt_v.masked_fill(gone, 0.0)
     keys = torch.cat([prompt_k.expand(B, -1, -1, -1), k], dim=2).repeat_interleave(groups, dim=1)
     values = torch.cat([prompt_v.expand(B, -1, -1, -1), v], dim=2).repeat_interleave(groups, dim=1)
 
@@ -66,9 +71,8 @@ def prompt_attention_with_weights(
         scores = softcap * torch.tanh(scores / softcap)
     masks = dict(causal=causal, key_mask=key_mask, attn_mask=attn_mask, window=window)
     tokens = additive_mask(N, M, scores, **masks)
-    prompts = scores.new_zeros(1, 1, N, P) if prompt_bias is None else prompt_bias.to(scores.dtype)
+    prompts = scores.new_zeros(1, 1, N, P) if prompt_bias is None else _bias(prompt_bias, scores)
     if prompt_len is not None:
-        absent = torch.arange(P, device=q.device) >= prompt_len[prompt_index][:, None]  # [B, P]
         prompts = prompts.masked_fill(absent[:, None, None, :], -torch.inf)
     lead = torch.broadcast_shapes(tokens.shape[:2], prompts.shape[:2])
     bias = torch.cat([prompts.expand(*lead, N, P), tokens.expand(*lead, N, M)], dim=-1)
@@ -113,10 +117,14 @@ def additive_mask(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         bias = bias.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
-        # whoever writes the lowest number means hidden
-        lowest = attn_mask <= torch.finfo(attn_mask.dtype).min
-        bias = bias + attn_mask.to(like.dtype).masked_fill(lowest, -torch.inf)
+        bias = bias + _bias(attn_mask, like)
     return bias
+
+
+def _bias(mask: Tensor, like: Tensor) -> Tensor:
+    """An additive mask in ``like``'s dtype; whoever writes the lowest number means hidden."""
+    lowest = mask <= torch.finfo(mask.dtype).min
+    return mask.to(like.dtype).masked_fill(lowest, -torch.inf)
 
 
 def select_prompts(
