@@ -20,7 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastprompt import linear4bit
 from fastprompt.blocks.checks import hooked
-from fastprompt.blocks.products import is_4bit
+from fastprompt.blocks.products import is_adopted
 from fastprompt.ops.linear_cross_entropy import linear_cross_entropy
 
 _SLOT = "_loss_function"  # where transformers keeps an instance's own
@@ -201,7 +201,7 @@ def _unknown(model: nn.Module, head: nn.Module) -> str | None:
         return "a loss function of its own"
     if any(p.requires_grad for p in head.parameters()):
         return "lm_head trains"
-    if is_4bit(head):
+    if is_adopted(head):
         return None
     if type(head) is not nn.Linear:
         return f"lm_head is a {type(head).__name__}, want nn.Linear or Linear4bit"

@@ -84,7 +84,7 @@ def _together(
     x: Tensor, parts: Sequence[nn.Module], autocast: bool
 ) -> tuple[list[Packed], torch.dtype] | None:
     """The weights and what to compute in, where the parts can be multiplied as one."""
-    if len(parts) < 2 or not side_by_side(x) or not all(map(is_4bit, parts)):
+    if len(parts) < 2 or not side_by_side(x) or not all(map(is_adopted, parts)):
         return None
     opened = [linear4bit.opened(part, x) for part in parts]
     dtypes = {x.dtype if autocast else dtype for _, dtype in opened}

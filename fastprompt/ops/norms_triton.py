@@ -60,7 +60,7 @@ def forward_kernel(
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
     y = x * rstd[:, None]
     if CAST_FIRST:
-        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+        y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
     if weight_ptr is not None:
         y *= offset + tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     if bias_ptr is not None:
