@@ -21,7 +21,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from fastprompt import linear4bit
 from fastprompt.blocks.checks import hooked
 from fastprompt.blocks.products import is_adopted
-from fastprompt.ops.linear_cross_entropy import linear_cross_entropy
+from fastprompt.ops.linear_cross_entropy import linear_cross_entropy, rows_at_once
 
 _SLOT = "_loss_function"  # where transformers keeps an instance's own
 
@@ -45,6 +45,8 @@ class FusedLoss:
     reason: str | None = None
     active: bool = False
     hidden: Tensor | None = None
+    empty: Tensor | None = None  # what stands for the logits meanwhile
+    names: list[str] = field(default_factory=list)  # of the model's positional arguments
     handles: list = field(default_factory=list)
 
     @classmethod
@@ -54,7 +56,8 @@ class FusedLoss:
         why = _unknown(model, head)
         if why is not None:
             return why
-        made = cls(model, head, logits, replaced=vars(head).get("forward"))
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        made = cls(model, head, logits, replaced=vars(head).get("forward"), names=names)
         head.forward = Head(made)
         setattr(model, _SLOT, made)
         made.handles = [
@@ -97,9 +100,16 @@ class FusedLoss:
             return f"lm_head's weight is a {type(head.weight).__name__}"
         return None
 
+    def rows_at_once(self, tokens: int) -> int:
+        """Of how many of its tokens the forward that runs has logits at the same time, at most."""
+        return min(tokens, rows_at_once(self.head.out_features)) if self.active else tokens
+
+    def forget(self) -> None:
+        self.active, self.hidden, self.empty = False, None, None
+
     def given(self, arguments: dict[str, Any]) -> None:
         """Decides, at the start of a forward with these arguments."""
-        self.active, self.hidden = False, None
+        self.forget()
         if not self.model.training or not torch.is_grad_enabled():
             return
         if arguments.get("labels") is None or torch.compiler.is_compiling():
@@ -120,12 +130,21 @@ class FusedLoss:
         shift_labels: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """As transformers' ``ForCausalLMLoss``, of what lm_head was given if it made no logits."""
-        if not self.active or self.hidden is None:
+        """As transformers' ``ForCausalLMLoss``, of what lm_head was given if it made no logits.
+
+        Raises:
+            ValueError: the model does something to its logits before their loss.
+        """
+        if self.hidden is None:
             return ForCausalLMLoss(
                 logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
             )
         hidden, self.hidden = self.hidden, None
+        if logits is not self.empty:
+            raise ValueError(
+                f"{type(self.model).__name__}: want its logits' loss as lm_head makes them, but it "
+                "changes them before: fastprompt.patch(model, logits=True)"
+            )
         if shift_labels is None:  # what each position is to foretell is the next one's label
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         weight, bias = self.head.weight, self.head.bias
@@ -140,7 +159,6 @@ class FusedLoss:
             bias=bias,
             reduction="mean" if num_items_in_batch is None else "sum",
             ignore_index=ignore_index,
-            **_options(self.model.config.get_text_config()),
         )
         if num_items_in_batch is None:
             return loss
@@ -158,8 +176,8 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         loss = self.loss
         if loss.active:
-            loss.hidden = hidden
-            return hidden.new_empty(*hidden.shape[:-1], 0)  # whatever is done to it costs nothing
+            loss.hidden, loss.empty = hidden, hidden.new_empty(*hidden.shape[:-1], 0)
+            return loss.empty
         if loss.replaced is not None:
             return loss.replaced(hidden)
         return type(loss.head).forward(loss.head, hidden)
@@ -172,8 +190,7 @@ class Enter:
     loss: FusedLoss
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self.loss.given(dict(zip(names, args, strict=False)) | kwargs)
+        self.loss.given(dict(zip(self.loss.names, args, strict=False)) | kwargs)
 
 
 @dataclass(eq=False)
@@ -183,7 +200,8 @@ class Leave:
     loss: FusedLoss
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        active, self.loss.active, self.loss.hidden = self.loss.active, False, None
+        active = self.loss.active
+        self.loss.forget()
         if not active or output is None:
             return None
         if isinstance(output, tuple):  # return_dict=False: the loss comes first, then logits
@@ -197,6 +215,8 @@ def _unknown(model: nn.Module, head: nn.Module) -> str | None:
     forward = inspect.unwrap(type(model).forward)
     if not forward.__module__.startswith("transformers."):
         return "the model's forward is not transformers' own"
+    if "loss_function" not in forward.__code__.co_names:
+        return "the model does not ask its loss_function"
     if vars(model).get(_SLOT) is not None or model.loss_function is not ForCausalLMLoss:
         return "a loss function of its own"
     if any(p.requires_grad for p in head.parameters()):
@@ -206,10 +226,3 @@ def _unknown(model: nn.Module, head: nn.Module) -> str | None:
     if type(head) is not nn.Linear:
         return f"lm_head is a {type(head).__name__}, want nn.Linear or Linear4bit"
     return "lm_head's forward was replaced" if "forward" in vars(head) else None
-
-
-def _options(config: Any) -> dict[str, float]:
-    """What the model does to its logits: Gemma caps them, Cohere and Granite scale them."""
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    return dict(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))

@@ -260,12 +260,14 @@ def _apply(done: Patch) -> None:
             done.skipped[block.name] = "nothing reads its output: no prompt, and not run by LLaVA"
 
     _switch_configs(done, prompted)
+    fused = None
     if isinstance(getattr(model, "lm_head", None), nn.Module):
         done.loss = FusedLoss.put_on(model, logits=done.logits)
         if isinstance(done.loss, FusedLoss):
-            done._undo.append(("loss", done.loss))
+            fused = done.loss
+            done._undo.append(("loss", fused))
     if done.memory != "off":
-        frozen = freeze(model, prompted, done.memory)
+        frozen = freeze(model, prompted, done.memory, fused)
         done.memories, done.unfused = frozen.memories, frozen.unfused
         done._undo += [("block", block) for block in frozen.blocks]
     for tower in prompted:

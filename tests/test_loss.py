@@ -320,17 +320,36 @@ def test_a_4bit_head():
     torch.testing.assert_close(*found)
 
 
-def test_autocast_and_softcap():
-    """The config's own treatment of logits (Gemma's) is the op's to do."""
+def test_autocast():
     ours, theirs = pair("llama", torch.float32)
     given = labelled("llama", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         got, want = ours(**given), theirs(**given)
     torch.testing.assert_close(got.loss, want.loss, atol=1e-3, rtol=1e-3)
-    for model in (ours, theirs):
-        model.config.final_logit_softcapping, model.config.logits_scaling = 2.0, 4.0
-    z = 2 * torch.tanh(theirs(**given).logits / 8)
-    torch.testing.assert_close(ours(**given).loss, by_hand(z, given["labels"]))
+
+
+def test_a_model_that_changes_its_logits_is_refused(monkeypatch):
+    """As Gemma caps them and Cohere scales them: the loss would silently be another."""
+    ours, theirs = pair("llama", torch.float32)
+    given, run = labelled("llama", torch.float32), FusedLoss.__call__
+    want = 2 * theirs(**given).logits
+    monkeypatch.setattr(
+        FusedLoss, "__call__", lambda self, logits, *a, **k: run(self, 2 * logits, *a, **k)
+    )
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: .* changes them .*logits=True"):
+        ours(**given)
+    assert ours(**{k: v for k, v in given.items() if k != "labels"}).logits is not None
+    torch.testing.assert_close(theirs(**given).loss, by_hand(want, given["labels"]))
+
+
+def test_a_model_with_a_loss_inside_its_forward_is_left_alone():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    model = T5ForConditionalGeneration(config).requires_grad_(False)
+    before = set(vars(model))
+    assert FusedLoss.put_on(model, logits=False) == "the model does not ask its loss_function"
+    assert set(vars(model)) == before and not model._forward_hooks
 
 
 # ---- Trainer ----

@@ -54,7 +54,7 @@ class _Chunks(torch.autograd.Function):
         total = h.new_zeros((), dtype=wide)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         with _dense(weight, h.dtype) as W:
-            step = max(1, CHUNK // max(1, len(W)))
+            step = rows_at_once(len(W))
             for first in range(0, len(h), step):
                 rows = slice(first, first + step)
                 z = F.linear(h[rows], W, bias).to(wide)
@@ -115,6 +115,11 @@ def _dense(weight: Tensor | tuple[Tensor, Any], dtype: torch.dtype) -> Iterator[
 
 def _is_4bit(weight: Tensor | tuple[Tensor, Any]) -> bool:
     return isinstance(weight, tuple) or getattr(weight, "quant_state", None) is not None
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """Of how many rows `linear_cross_entropy` has logits at the same time."""
+    return max(1, CHUNK // max(1, vocabulary))
 
 
 # ---- liger-kernel ----
