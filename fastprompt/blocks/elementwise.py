@@ -38,7 +38,7 @@ def add_and_normalize(
     ``branch`` is not wanted any more: h may take its memory.
     """
     if x.dtype == branch.dtype and branch.is_contiguous():
-        return _forward(branch, norm, dtype, x, branch)
+        return _forward(branch, norm, dtype, _rows(x), branch)
     h = add(x, branch)
     return normalize(h, norm, dtype), h
 
@@ -87,7 +87,8 @@ def normalize_backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """With a contiguous last axis: the gradient of a sum, for one, has none."""
+    """With a contiguous last axis, as kernels trust: neither the gradient of a sum has one, nor what
+    comes of SigLIP's patches."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
