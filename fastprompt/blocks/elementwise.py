@@ -87,8 +87,8 @@ def normalize_backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """With a contiguous last axis, as kernels trust: neither the gradient of a sum has one, nor what
-    comes of SigLIP's patches."""
+    """With a contiguous last axis, as kernels trust. The gradient of a sum has none, nor have the
+    embeddings of SigLIP's patches."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
