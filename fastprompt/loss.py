@@ -3,8 +3,9 @@
 transformers' causal models end in ``logits = self.lm_head(hidden)`` and, given labels,
 ``self.loss_function(logits, labels, ...)``. In a training forward with labels the instance's
 ``lm_head`` hands its input on to the instance's ``loss_function``, which is the fused one, and the
-output's logits are None. In every other forward (evaluation, generation, no gradients, no labels,
-as under Trainer's label smoothing or a loss of the user's own) both do what they always did.
+output's logits are None. In every other forward (evaluation, generation, no gradients, compiled as
+a whole, or no labels, as under Trainer's label smoothing or a loss of the user's own) both do what
+they always did.
 """
 
 from __future__ import annotations
@@ -69,11 +70,16 @@ class FusedLoss:
     def undo(self) -> None:
         for handle in self.handles:
             handle.remove()
-        own = vars(self.head).get("forward")
-        if isinstance(own, Head) and own.loss is self:
-            del self.head.forward
-            if self.replaced is not None:
-                self.head.forward = self.replaced
+        head = self.head
+        # accelerate may have moved us into _old_forward since, where it keeps what it hooks
+        for slot in ("forward", "_old_forward"):
+            own = vars(head).get(slot)
+            if not isinstance(own, Head) or own.loss is not self:
+                continue
+            if slot == "forward" and self.replaced is None:
+                del head.forward  # the class's own shows again
+            else:
+                setattr(head, slot, self.replaced or type(head).forward.__get__(head))
         if vars(self.model).get(_SLOT) is self:
             delattr(self.model, _SLOT)
 
@@ -223,6 +229,6 @@ def _unknown(model: nn.Module, head: nn.Module) -> str | None:
         return "lm_head trains"
     if is_adopted(head):
         return None
-    if type(head) is not nn.Linear:
-        return f"lm_head is a {type(head).__name__}, want nn.Linear or Linear4bit"
-    return "lm_head's forward was replaced" if "forward" in vars(head) else None
+    if "forward" in vars(head):
+        return "lm_head's forward was replaced"
+    return None if type(head) is nn.Linear else f"lm_head is a {type(head).__name__}"

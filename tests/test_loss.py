@@ -279,6 +279,19 @@ def test_undo_gives_both_places_back():
     assert torch.equal(got.logits, want.logits) and torch.equal(got.loss, want.loss)
 
 
+def test_undo_of_a_head_that_accelerate_has_hooked():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny.build("llama")
+    patch = fastprompt.patch(model)
+    hooks.add_hook_to_module(model.lm_head, hooks.ModelHook())
+    given = labelled("llama", torch.float32)
+    assert model.train()(**given).logits is not None
+    assert "lm_head's forward was replaced" in patch.report()
+    patch.undo()
+    hooks.remove_hook_from_module(model.lm_head)
+    assert model.lm_head.forward == nn.Linear.forward.__get__(model.lm_head)
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_models_of_their_own(how):
     model, _ = pair("llama", torch.float32)
