@@ -156,8 +156,7 @@ class FusedLoss:
         weight, bias = self.head.weight, self.head.bias
         if self.replaced is not None:
             weight, dtype = linear4bit.opened(self.head, hidden)
-            if not torch.is_autocast_enabled(hidden.device.type):
-                hidden = hidden.to(dtype)
+            hidden = hidden.to(dtype)  # as the head's own forward does, under autocast too
         loss = linear_cross_entropy(
             hidden,
             weight,

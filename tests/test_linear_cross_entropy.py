@@ -91,6 +91,37 @@ def test_a_4bit_layer(nested):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("n", range(1, 8))
+def test_chunks_of_three_take_any_number_of_rows(n):
+    h, w, _, labels = make(rows=(n,), ignored=0)
+    found = [
+        (y, *torch.autograd.grad(y, h))
+        for y in (loss(h, w, labels) for loss in (linear_cross_entropy, definition))
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_rows_that_cannot_be_left_out_count_for_nothing():
+    """Under CUDA graph capture all rows are computed, those without a label as of label -1."""
+    h, w, _, labels = make()
+    h, labels = h.detach().flatten(0, 1).requires_grad_(), labels.flatten()
+    found = [
+        (y, *torch.autograd.grad(y, h))
+        for y in (
+            own._Chunks.apply(h, labels.clamp(min=-1), w, None, 1.0, None, 0.1),
+            definition(h, w, labels, label_smoothing=0.1, reduction="sum"),
+        )
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_a_second_backward_gives_the_same():
+    h, w, _, labels = make()
+    y = 3 * linear_cross_entropy(h, w, labels)
+    first = torch.autograd.grad(y, h, retain_graph=True)
+    assert torch.equal(*first, *torch.autograd.grad(y, h))
+
+
 def test_no_label_counts():
     h, w, _, labels = make()
     labels.fill_(-100)

@@ -1,5 +1,6 @@
 """The fused loss of patched language models: what it is, when it runs, and the way back."""
 
+import contextlib
 import copy
 import importlib
 import pickle
@@ -169,6 +170,13 @@ def test_logits_elsewhere():
     with pytest.raises(IndexError):
         model(**dict(given, labels=given["labels"] + 999))
     assert model(**plain).logits.shape == (2, 9, 64)
+    # nor after one that does not: neither a tensor, nor a head that gives no logits
+    for labels in (given["labels"], given["labels"] + 999):
+        with contextlib.suppress(IndexError):
+            model(**dict(given, labels=labels))
+        loss = fastprompt.patch_of(model).loss
+        assert loss.hidden is None and loss.empty is None
+        assert model.lm_head(torch.zeros(3, 32)).shape == (3, 64)
 
 
 class OwnHead(nn.Linear):
@@ -313,10 +321,12 @@ def test_gradient_checkpointing(name):
         assert relative(a, b) < 1e-10
 
 
-def test_a_4bit_head():
+@pytest.mark.parametrize("autocast", [None, torch.float16])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_a_4bit_head(compute, autocast):
     Linear4bit = pytest.importorskip("bitsandbytes.nn").Linear4bit
     model = tiny.build("llama")
-    head = Linear4bit(32, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    head = Linear4bit(32, 64, bias=False, compute_dtype=compute, quant_type="nf4")
     head.load_state_dict(model.lm_head.state_dict())
     model.lm_head = head.to("cpu")
     models = model, copy.deepcopy(model)
@@ -324,13 +334,17 @@ def test_a_4bit_head():
     for each, logits in zip(models, (False, True), strict=True):
         torch.manual_seed(3)
         patch = fastprompt.patch(each, logits=logits)
-        out = each.train()(**given)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            out = each.train()(**given)
         out.loss.backward()
         assert (out.logits is not None) == logits
         found.append([out.loss.detach(), *gradients(each)])
         patch.undo()
         assert "forward" not in vars(each.lm_head)
-    torch.testing.assert_close(*found)
+    (got, *ours), (want, *theirs) = found
+    torch.testing.assert_close(got, want)  # the head's product is in the same dtype
+    bound = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}[autocast or compute]
+    assert all(relative(a, b) < bound for a, b in zip(ours, theirs, strict=True))
 
 
 def test_autocast():

@@ -4,6 +4,7 @@ import copy
 import importlib
 import sys
 import threading
+from types import SimpleNamespace
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -125,6 +126,7 @@ def test_weights_share_one_buffer_and_nothing_is_kept():
     first, second = quantise(96, 192), quantise(192, 96, "fp4")
     x = torch.randn(4, 192, requires_grad=True)
     kept = []
+    scratch.free_scratch()
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
         middle = nf4_linear(x, first)
         before = middle.detach().clone()
@@ -133,11 +135,42 @@ def test_weights_share_one_buffer_and_nothing_is_kept():
     dense = [dense_of(w) for w in (first, second)]
     dx = torch.autograd.grad(out.sum(), x)[0]
     torch.testing.assert_close(dx, torch.ones(4, 192) @ dense[1] @ dense[0])
+    # one piece of memory, as large as the largest of the two
+    (shared,) = vars(scratch._of_thread).values()
+    before = shared.buffer.data_ptr()
+    nf4_linear(middle, second), nf4_linear(x, first)
+    assert shared.buffer.data_ptr() == before and shared.buffer.nbytes == 4 * 192 * 96
     scratch.free_scratch()
     assert vars(scratch._of_thread) == {}
 
 
-def test_buffers_made_in_inference_mode_serve_training():
+def test_scratch_on_a_gpu(monkeypatch):
+    """A piece for each stream, one user at a time; under graph capture memory of the graph's own."""
+    monkeypatch.setattr(torch, "empty", lambda *n, dtype, device: torch.zeros(*n, dtype=dtype))
+    stream, capturing = SimpleNamespace(cuda_stream=1), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    device = torch.device("cuda", 0)
+    scratch.free_scratch()
+
+    def address(n=8):
+        with scratch.scratch(n, torch.float32, device) as piece:
+            shared = scratch._of_stream.get((device, stream.cuda_stream))
+            assert piece.shape == (n,) and (capturing or shared.lock.locked())
+            return piece.data_ptr()
+
+    first = address()
+    assert address() == address(4) == first
+    stream.cuda_stream = 2
+    assert address() != first
+    capturing.append(1)
+    stream.cuda_stream = 1
+    assert address() != first
+    scratch.free_scratch()
+    assert not scratch._of_stream
+
+
+def test_buffers_made_in_inference_mode_serve_training(path):
     weight = quantise(96, 192)
     scratch.free_scratch()
     with torch.inference_mode():
