@@ -4,11 +4,9 @@
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
-from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each look at CPU memory writes to stderr
 
@@ -41,12 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
         _list(chosen, shapes)
         return 0
 
-    if args.predict:
-        _predict(chosen, shapes, args)
-        return 0
-
     words = sys.argv[1:] if arguments is None else arguments
     command = "python -m benchmarks " + shlex.join(words)
+    if args.predict:
+        env = report.environment("cpu", args.commit, command)
+        _predict(chosen, shapes, args, env | dict(device=f"predicted for {args.predict}"))
+        return 0
+
     env, rows = report.environment(device, args.commit, command), []
     print(report.header(env))
     for benchmark in chosen:
@@ -103,7 +102,7 @@ def _refuse_unknown(parser, kind, names, known) -> None:
         parser.error(f"no {kind} {', '.join(unknown)}; there are: {known}")
 
 
-def _predict(benchmarks, shapes, args) -> None:
+def _predict(benchmarks, shapes, args, env) -> None:
     """Bytes, FLOPs and the floor they give on a card that need not be here; 16-bit."""
     rows = []
     for b in benchmarks:
@@ -129,8 +128,7 @@ def _predict(benchmarks, shapes, args) -> None:
                     f"{flops / 1e9:>9.1f} GFLOP{ms:>9.4f} ms"
                 )
     if args.json:
-        record = dict(card=args.predict, rates=floor.RATES[args.predict], rows=rows)
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+        report.write_json(args.json, env | dict(rates=floor.RATES[args.predict]), rows)
 
 
 def _skipped(providers, args) -> dict[str, str]:

@@ -15,13 +15,16 @@ struct Rows {
 };
 
 struct Attention {
-  Rows q, k, v, prompt_k, prompt_v;  // prompts have no sample
+  Rows q, k, v, prompt_k, prompt_v;  // prompts have a set for a sample
   Rows out, dout;
   Rows dq, dk, dv;
   float* lse;               // [B, H, N]
-  float* dprompt;           // [parts, 2, heads_kv, P, d], zeroed; null: not asked
+  float* dprompt;           // [shares, 2, sets, heads_kv, P, d], zeroed; null: not asked
   const uint8_t* key_mask;  // [B, M], 0: hidden; null: none
+  const int64_t* set_of;    // [B]: which set of prompts a sample sees; null: the first
+  const int64_t* lengths;   // [sets]: so many rows of a set exist; null: P
   int64_t B, H, heads_kv, N, M, P, d;
+  int64_t sets, shares;  // shares: 1, where no two parts meet in a key head, or the parts
   int64_t window;  // 0: none
   float scale;
   Dtype dtype;  // f32 or bf16
@@ -29,8 +32,8 @@ struct Attention {
   int* out_of_memory;  // set to 1 by a part that found none; what it owed is then not written
 };
 
-// Works out units [first, last) of the B * heads_kv pairs of a sample and a key head; `part` says
-// which share of `dprompt` is this caller's own.
+// Works out units [first, last) of the B * heads_kv pairs of a sample and a key head, heads first;
+// `part` says which share of `dprompt` is this caller's own, if there are several.
 using Attend = void (*)(const Attention&, int64_t part, int64_t first, int64_t last);
 
 #define FASTPROMPT_VARIANT(isa)                                         \

@@ -79,7 +79,9 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
     float* start = scratch_.mark();
     for (int64_t unit = first; unit < last; ++unit, scratch_.release(start)) {
       const int64_t h_kv = unit / a_.B, b = unit % a_.B;  // a share meets few key heads
-      prompts_ = keys(a_.prompt_k, a_.prompt_v, 0, h_kv, a_.P);
+      const int64_t set = set_of(b);
+      P_ = a_.lengths ? a_.lengths[set] : a_.P;
+      prompts_ = keys(a_.prompt_k, a_.prompt_v, set, h_kv, P_);
       prompts_.dk = dk, prompts_.dv = dv;
       // the prompts' gradients alone look at no token's key
       tokens_ = keys(a_.k, a_.v, b, h_kv, backward_ && !a_.tokens ? 0 : a_.M);
@@ -96,7 +98,8 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
         write(a_.dv, b, h_kv, 0, a_.M, tokens_.dv.data);
       }
       // in float32, sums of sums are nearer the truth than one long sum
-      if (a_.dprompt && (unit + 1 == last || b + 1 == a_.B || b % 32 == 31)) hand_in(part, h_kv);
+      if (a_.dprompt && (unit + 1 == last || b + 1 == a_.B || b % 32 == 31 || set_of(b + 1) != set))
+        hand_in(part, set, h_kv);
     }
   }
 
@@ -147,8 +150,11 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
 
   // ---- gradients of keys: where they are added up ----
 
-  float* share(int64_t part, int64_t which, int64_t h_kv) const {
-    return a_.dprompt + ((part * 2 + which) * a_.heads_kv + h_kv) * a_.P * a_.d;
+  int64_t set_of(int64_t b) const { return a_.set_of ? a_.set_of[b] : 0; }
+
+  float* share(int64_t part, int64_t which, int64_t set, int64_t h_kv) const {
+    const int64_t sum = (a_.shares == 1 ? 0 : part) * 2 + which;
+    return a_.dprompt + ((sum * a_.sets + set) * a_.heads_kv + h_kv) * a_.P * a_.d;
   }
 
   Matrix sums(int64_t count) {
@@ -158,13 +164,13 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
   }
 
   // The prompts' sums so far go to this part's share, and begin again.
-  void hand_in(int64_t part, int64_t h_kv) {
+  void hand_in(int64_t part, int64_t set, int64_t h_kv) {
     for (int which = 0; which < 2; ++which) {
       const Matrix& sum = which ? prompts_.dv : prompts_.dk;
-      float* to = share(part, which, h_kv);
-      for (int64_t p = 0; p < a_.P; ++p)
+      float* to = share(part, which, set, h_kv);
+      for (int64_t p = 0; p < P_; ++p)
         for (int64_t c = 0; c < a_.d; ++c) to[p * a_.d + c] += sum.data[p * sum.row + c];
-      memset(sum.data, 0, size_t(a_.P * sum.row) * 4);
+      memset(sum.data, 0, size_t(P_ * sum.row) * 4);
     }
   }
 
@@ -192,8 +198,8 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
 
   // Scores [keys seen, across], prompts first; -inf where a query may not look.
   void score(float* s, const float* q, int64_t b, int64_t n, const Seen& at, int64_t across) {
-    product({prompts_.k.data, prompts_.k.row, 1, q, across, s, across}, a_.P, across, a_.d, false);
-    s += a_.P * across;
+    product({prompts_.k.data, prompts_.k.row, 1, q, across, s, across}, P_, across, a_.d, false);
+    s += P_ * across;
     const Matrix& k = tokens_.k;
     product({k.data + at.first * k.row, k.row, 1, q, across, s, across}, at.last - at.first, across,
             a_.d, false);
@@ -210,7 +216,7 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
   void answer(int64_t b, int64_t h, int64_t n, int64_t end) {
     const int64_t count = end - n, across = whole(count);
     const Seen at = seen(n, end);
-    const int64_t keys = a_.P + at.last - at.first;
+    const int64_t keys = P_ + at.last - at.first;
     const float* q = columns(rows(a_.q, b, h, n, count), count, across, a_.scale);
     float* s = scratch_.take(keys * across);
     score(s, q, b, n, at, across);
@@ -249,8 +255,8 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
   // out [count, width] = p^T v, p [keys seen, across]
   void add_values(float* out, const float* p, const Seen& at, int64_t count, int64_t across) {
     const Matrix &own = prompts_.v, &v = tokens_.v;
-    product({p, 1, across, own.data, own.row, out, width_}, count, width_, a_.P, false);
-    product({p + a_.P * across, 1, across, v.data + at.first * v.row, v.row, out, width_}, count,
+    product({p, 1, across, own.data, own.row, out, width_}, count, width_, P_, false);
+    product({p + P_ * across, 1, across, v.data + at.first * v.row, v.row, out, width_}, count,
             width_, at.last - at.first, true);
   }
 
@@ -258,7 +264,7 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
     const int64_t count = end - n, across = whole(count);
     Seen at = {0, 0};
     if (a_.tokens) at = seen(n, end);
-    const int64_t keys = a_.P + at.last - at.first;
+    const int64_t keys = P_ + at.last - at.first;
     const Matrix q = rows(a_.q, b, h, n, count), dout = rows(a_.dout, b, h, n, count);
     const Matrix out = rows(a_.out, b, h, n, count);
     const float* q_columns = columns(q, count, across, a_.scale);
@@ -279,8 +285,8 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
     float* ds = scratch_.take(keys * across);
     score(p, q_columns, b, n, at, across);
     const Matrix &own = prompts_.v, &v = tokens_.v;
-    product({own.data, own.row, 1, dout_columns, across, ds, across}, a_.P, across, a_.d, false);
-    product({v.data + at.first * v.row, v.row, 1, dout_columns, across, ds + a_.P * across, across},
+    product({own.data, own.row, 1, dout_columns, across, ds, across}, P_, across, a_.d, false);
+    product({v.data + at.first * v.row, v.row, 1, dout_columns, across, ds + P_ * across, across},
             at.last - at.first, across, a_.d, false);
     for (int64_t i = 0; i < across; i += kLanes) {
       const Lanes base = load(lse + i), less = load(delta + i);
@@ -291,13 +297,13 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
       }
     }
 
-    add_keys(prompts_, 0, a_.P, p, ds, q, dout, count, across);
-    const int64_t rest = a_.P * across;
+    add_keys(prompts_, 0, P_, p, ds, q, dout, count, across);
+    const int64_t rest = P_ * across;
     add_keys(tokens_, at.first, at.last, p + rest, ds + rest, q, dout, count, across);
     if (!a_.tokens) return;
     float* dq = scratch_.take(count * width_);
     const Matrix &pk = prompts_.k, &k = tokens_.k;
-    product({ds, 1, across, pk.data, pk.row, dq, width_}, count, width_, a_.P, false);
+    product({ds, 1, across, pk.data, pk.row, dq, width_}, count, width_, P_, false);
     product({ds + rest, 1, across, k.data + at.first * k.row, k.row, dq, width_}, count, width_,
             at.last - at.first, true);
     write(a_.dq, b, h, n, count, dq);
@@ -316,6 +322,7 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
   const int64_t width_;  // channels, in whole vectors
   const bool backward_;
   int64_t block_, step_;
+  int64_t P_ = 0;  // rows of the sample's set of prompts
   Scratch scratch_;
   bool works_;
   Keys prompts_, tokens_;

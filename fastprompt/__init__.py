@@ -3,9 +3,9 @@
 from fastprompt import methods, ops
 from fastprompt.attention import register
 from fastprompt.checkpoint import load, read_card, save
+from fastprompt.doctor import report
 from fastprompt.families import supported
 from fastprompt.patching import Patch, patch, patch_of
-from fastprompt.reporting import machine as report
 
 __version__ = "0.1.0"
 __all__ = [

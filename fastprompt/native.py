@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ABI = 3  # csrc/module.cpp has the same; a module left from another version is not called
+ABI = 4  # csrc/module.cpp has the same; a module left from another version is not called
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/decode.h: Dtype
 
 
@@ -192,9 +192,12 @@ def attention(
     scale: float,
     window: int | None = None,
     key_mask: Tensor | None = None,
+    prompt_index: Tensor | None = None,
+    prompt_len: Tensor | None = None,
     dout: Tensor | None = None,
     token_grads: tuple[Tensor, Tensor, Tensor] | None = None,
     prompt_grads: Tensor | None = None,
+    parts: int | None = None,
     variant: str | None = None,
 ) -> None:
     """Attention over prompts and tokens, or, with ``dout``, its gradients, into tensors given.
@@ -202,14 +205,18 @@ def attention(
     On torch.get_num_threads() threads, in float32 inside; same threads, same bits.
 
     Args:
-        q [B, H, N, d], k, v [B, Hkv, M, d], prompt_k, prompt_v [Hkv, P, d], out, dout as q: float32
-            or bfloat16, any strides with a contiguous last axis. ``out`` is written, or read.
+        q [B, H, N, d], k, v [B, Hkv, M, d], prompt_k, prompt_v [Hkv, P, d] or sets
+            [S, Hkv, P, d], out, dout as q: float32 or bfloat16, any strides with a contiguous last
+            axis. ``out`` is written, or read.
         lse: [B, H, N] contiguous float32, written, or read; -inf where a query saw nothing.
         causal, scale, window, key_mask: as in `ops.prompt_attention`; key_mask [B, M] contiguous.
+        prompt_index, prompt_len: [B] and [S] contiguous int64, 0 .. S - 1 and 0 .. P: the set of
+            each sample and the rows of each set. Not looked at here: see `options.check_values`.
         token_grads: (dq, dk, dv), written; None where tokens want none.
-        prompt_grads: [parts, 2, Hkv, P, d] contiguous float32 zeros, shares of dprompt_k and
-            dprompt_v to be summed over parts; None where prompts want none. ``parts`` is also how
-            many shares the work is cut into (`attention_parts`).
+        prompt_grads: [shares, 2, S, Hkv, P, d] contiguous float32 zeros, to which gradients are
+            added, to be summed over shares; None where prompts want none.
+        parts: how many pieces the work is cut into; with prompt_grads, it and ``shares`` come from
+            `attention_parts`.
         variant: one of `variants()`; the best of them by default.
 
     Raises:
@@ -217,10 +224,12 @@ def attention(
         RuntimeError: the native part is missing.
     """
     module, index = _module(variant)
-    (B, H, N, d), (Hkv, M), P = q.shape, k.shape[1:3], prompt_k.shape[1]
+    (B, H, N, d), (Hkv, M), P = q.shape, k.shape[1:3], prompt_k.shape[-2]
+    sets = len(prompt_k) if prompt_k.dim() == 4 else 1
     inputs = (q, k, v, prompt_k, prompt_v, out, dout)
     grads = token_grads or (None, None, None)
     rows, keys, own = (B, H, N, d), (B, Hkv, M, d), (Hkv, P, d)
+    own = (sets, *own) if prompt_k.dim() == 4 else own
     shapes = (rows, keys, keys, own, own, rows, rows, rows, keys, keys)
     for t, shape in zip((*inputs, *grads), shapes, strict=True):
         if t is not None and t.shape != shape:
@@ -232,19 +241,20 @@ def attention(
             raise ValueError(f"want {q.dtype} rows on the CPU, got {t.dtype} on {t.device}")
     if q.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"q: want float32 or bfloat16, got {q.dtype}")
-    parts = attention_parts(B * Hkv) if prompt_grads is None else len(prompt_grads)
-    shares = (
-        0
-        if prompt_grads is None
-        else _check("prompt_grads", prompt_grads, torch.float32, parts * 2 * Hkv * P * d)
-    )
+    shares = 1 if prompt_grads is None else len(prompt_grads)
+    small = {
+        "lse": (lse, torch.float32, B * H * N),
+        "prompt_grads": (prompt_grads, torch.float32, shares * 2 * sets * Hkv * P * d),
+        "key_mask": (key_mask, torch.bool, B * M),
+        "prompt_index": (prompt_index, torch.int64, B),
+        "prompt_len": (prompt_len, torch.int64, sets),
+    }
+    parts = parts or attention_parts(B, Hkv)[0]
     module.attention(
         [_rows(t) for t in inputs],
         [_rows(t) for t in grads],
-        _check("lse", lse, torch.float32, B * H * N),
-        shares,
-        0 if key_mask is None else _check("key_mask", key_mask, torch.bool, B * M),
-        [B, H, Hkv, N, M, P, d],
+        [0 if t is None else _check(name, t, *want) for name, (t, *want) in small.items()],
+        [B, H, Hkv, N, M, P, d, sets, shares],
         window or 0,
         scale,
         DTYPES[q.dtype],
@@ -257,13 +267,17 @@ def attention(
     )
 
 
-def attention_parts(units: int, share_bytes: int = 0) -> int:
-    """Shares of the work: two a thread, of the pairs of a sample and a key head.
+def attention_parts(B: int, Hkv: int, share_bytes: int = 0) -> tuple[int, int]:
+    """(parts, shares): pieces of the work on the pairs of a sample and a key head, two a thread.
 
-    Fewer where each has sums of its own and all of them would take more than 128 MB.
+    Each part has sums of its own, a share, and there are fewer of both where these would take more
+    than 128 MB. Where parts are whole heads no two meet in one, and a single share does for all.
     """
-    most = (1 << 27) // share_bytes if share_bytes else units
-    return max(1, min(units, 2 * torch.get_num_threads(), most))
+    parts = max(1, min(B * Hkv, 2 * torch.get_num_threads()))
+    if Hkv % parts == 0:
+        return parts, 1
+    parts = max(1, min(parts, (1 << 27) // share_bytes if share_bytes else parts))
+    return parts, parts
 
 
 def select(

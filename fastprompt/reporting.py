@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fastprompt import native
-from fastprompt.ops import vendors
 from fastprompt.ops.prompt_attention import chosen_backend
-from fastprompt.ops.select_prompts import chosen_backend as selection_backend
 
 if TYPE_CHECKING:
     from fastprompt.patching import Patch
@@ -94,37 +91,6 @@ def _loss(patch: Patch) -> str:
     return "loss  at label positions alone; in training logits are None"
 
 
-def machine() -> str:
-    """What of fastprompt is active here: versions, devices, backends, the compiled part."""
-    import transformers
-
-    from fastprompt import __version__
-
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    if triton := _version("triton"):
-        versions += f", triton {triton}"
-    lines = [f"fastprompt {__version__}: {versions}"]
-    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
-        like = torch.empty(0, device=device)
-        name = "" if device == "cpu" else f" ({torch.cuda.get_device_name(device)})"
-        selection = selection_backend(like, k=1)
-        lines.append(
-            f"{device}{name}: attention backend {chosen_backend(like)}, selection {selection}"
-        )
-    has = "installed" if vendors.has_xformers() else "not installed"
-    lines.append(f"xformers: {has} (backend='xformers')")
-    active = native.isa() if native.available() else f"missing, {native.why_missing()}"
-    lines.append(f"compiled part (attention, selection, 4-bit weights on the CPU): {active}")
-    return "\n".join(lines)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _backend(patch: Patch) -> str:
     if patch.backend != "auto":
         return patch.backend
@@ -132,8 +98,8 @@ def _backend(patch: Patch) -> str:
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     chosen = chosen_backend(like)
     rest = (
-        "; what that does not take (float16, 4-D masks, soft-capping, packed rows, prompt sets, "
-        "single tokens, fewer heads than threads) goes to vendor"
+        "; what that does not take (float16, 4-D masks, soft-capping, packed rows, single tokens, "
+        "fewer heads than threads) goes to vendor"
     )
     return f"auto: {chosen} (on {like.device.type})" + rest * (chosen == "native")
 

@@ -72,16 +72,25 @@ HALF = [
     Case(FP16, 64, 197, 197, 50, masks="half bias softcap"),
     Case(BF16, 256, 1024, 1024, 20, groups=2, causal=True, masks="window softcap packed"),
 ]
+# The widths that no row of the tables names share its tiles, but not how rows are loaded
+WIDTHS = [Case(BF16, d, 300, 300, 20) for d in (8, 32, 80, 96, 112)]
+WIDTHS += [Case(FP32, d, 300, 300, 20, causal=True) for d in (8, 96)]
+DECODE_256 = Case(BF16, 256, 1, 4096, 20, groups=4, tokens=False)
 CASES = {
     80: [HALF[2], HALF[8], HALF[-1]],  # sm_89's tiles, and more room
     89: [
         *HALF,
+        *WIDTHS,
+        DECODE_256,
         Case(FP32, 64, 197, 197, 50, causal=True, masks="key float bias"),
         Case(FP32, 256, 300, 300, 20),
         Case(FP32, 128, 300, 300, 20, groups=2, causal=True, masks="window softcap packed sets"),
     ],
     90: [
-        *HALF,  # float32 takes the same tiles on every card
+        *HALF,
+        DECODE_256,
+        Case(BF16, 80, 300, 300, 20, groups=2, causal=True, masks="sets"),
+        # float32 takes the same tiles on every card
         Case(BF16, 64, 577, 577, 20),
         Case(FP32, 128, 1, 50, 20, tokens=False),
         Case(FP32, 128, 300, 300, 20),

@@ -1,16 +1,21 @@
 """Break one line at a time; some test must fail.  python tests/mutate.py [FILE ...]
 
-Every line of the given files that computes something (device code of the Triton kernels and the
-vendors' merge by default) gets one change: an operator or a function swapped for another. A copy
-of the repository with that one change runs the tests that the file answers to. What survives is
-printed; tests/README.md records the last run and says of each survivor why it may live.
+Every line of the given files that computes something (device code of the Triton kernels, the
+vendors' merge and csrc's attention by default) gets one change: an operator or a function swapped
+for another. A copy of the repository with that one change runs the tests that the file answers to
+(C++ is compiled for this machine's best instruction set alone, and linked with what `setup.py
+build_ext --inplace` left in build/). What survives is printed; tests/README.md records the last
+run and says of each survivor why it may live.
 """
 
 import argparse
+import functools
 import io
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import tokenize
@@ -41,12 +46,14 @@ FILES = {  # file -> what selects its tests
     OPS + "activations_triton.py": "triton and not float16 and not dtype1",
     OPS + "rope_triton.py": "triton and not float16 and not dtype1",
     OPS + "dequantize_4bit_triton.py": "triton",
+    "csrc/attention_blocks.h": "avx512 or avx2 or neon",
 }
 OWN_TESTS = {  # of those that TESTS are not about
     OPS + "norms_triton.py": "tests/test_norms.py",
     OPS + "activations_triton.py": "tests/test_activations.py",
     OPS + "rope_triton.py": "tests/test_rope.py",
     OPS + "dequantize_4bit_triton.py": "tests/test_dequantize_4bit.py",
+    "csrc/attention_blocks.h": "tests/test_native_attention.py",
 }
 SWAPS = {
     "+": "-", "-": "+", "*": "+", "//": "*", "/": "*", "%": "+", "<": "<=", "<=": "<", ">": ">=",
@@ -55,7 +62,12 @@ SWAPS = {
     "maximum", "max": "min", "min": "max", "sum": "max", "True": "False", "False": "True",
     "exp_": "exp2_", "mul_": "add_", "sub_": "add_", "amax": "amin", "logaddexp": "maximum",
 }  # fmt: skip
-SURVIVED = "SURVIVED"
+CPP = re.compile(r"(?<= )(&&|\|\||[=!<>+*-]=|[-+*/%<>])(?= )|\b(most|least|true|false|memset)\b")
+CPP_SWAPS = SWAPS | {
+    "&&": "||", "||": "&&", "!=": "==", "-=": "+=", "most": "least", "least": "most",
+    "true": "false", "false": "true", "memset": "(void)sizeof",
+}  # fmt: skip
+WORDS = SURVIVED, KILLED, BROKEN = "SURVIVED", "killed", "does not compile"
 SKIP = ("import", "@", '"""', "assert", "#", "def ", "raise")
 
 
@@ -79,9 +91,44 @@ def mutations(source: str) -> list[tuple[int, str, str]]:
     return [(row, lines[row - 1], new) for row, new in sorted(found.items())]
 
 
+def cpp_mutations(source: str) -> list[tuple[int, str, str]]:
+    """`mutations` of C++; a line may hold several operators, and the first is changed."""
+    found = []
+    for row, line in enumerate(source.splitlines(), 1):
+        code = line.partition("//")[0]
+        swap = CPP.search(code)
+        if swap and not code.lstrip().startswith(("#", "template", "constexpr", "using")):
+            new = line[: swap.start()] + CPP_SWAPS[swap.group()] + line[swap.end() :]
+            found.append((row, line, new))
+    return found
+
+
+@functools.cache
+def cpp_commands() -> tuple[str, str, str]:
+    """How setup.py's ninja compiles the attention of this machine's best instruction set, into
+    which object, and how it links."""
+    ask = [sys.executable, "-c", "from fastprompt import native; print(native.isa())"]
+    isa = subprocess.check_output(ask, cwd=ROOT, text=True).strip()
+    listed = ["ninja", "-C", next(ROOT.glob("build/temp.*")), "-t", "commands"]
+    lines = subprocess.check_output(listed, text=True).splitlines()
+    compiling = next(line for line in lines if line.endswith(f"attention_{isa}.cpp.o"))
+    return compiling.replace(" -O3 ", " -O1 "), compiling.split()[-1], lines[-1]
+
+
+def compile_cpp(folder: Path) -> bool:
+    """Puts the folder's own attention behind its `_native`; False where it does not compile."""
+    compiling, old, linking = cpp_commands()
+    own, target = folder / "attention.o", next(folder.glob("fastprompt/_native*"))
+    compiling = compiling.replace(f"{ROOT}/csrc", f"{folder}/csrc").replace(old, str(own))
+    linking = re.sub(r"-o \S+", f"-o {target}", linking.replace(old, str(own)))
+    target.unlink()
+    done = subprocess.run(compiling, shell=True, capture_output=True)
+    return done.returncode == 0 and not subprocess.run(linking, shell=True, check=True).returncode
+
+
 def copy_of_the_repository() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="mutant-"))
-    for part in ("fastprompt", "tests", "benchmarks", "pyproject.toml"):
+    for part in ("fastprompt", "tests", "benchmarks", "csrc", "pyproject.toml"):
         source = ROOT / part
         if source.is_dir():
             shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -98,7 +145,7 @@ class SlowLast:
         items.sort(key=lambda item: any(word in item.name for word in SLOW))
 
 
-def survives(job: tuple[str, int, str, str]) -> bool:
+def outcome(job: tuple[str, int, str, str]) -> str:
     """Runs in a process of its own, forked from one that has torch already."""
     file, row, _, new = job
     folder = copy_of_the_repository()
@@ -109,24 +156,18 @@ def survives(job: tuple[str, int, str, str]) -> bool:
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     sys.stdout = sys.stderr = io.StringIO()
-    signal.alarm(3600)  # a loop without end is noticed, too
-    selection = [
-        "-k",
-        FILES[file],
-        "-x",
-        "-q",
-        "--assert=plain",
-        "-p",
-        "no:logging",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "--tb=no",
-    ]
+    signal.alarm(300 if file.startswith("csrc") else 3600)  # a loop without end is noticed, too
+    selection = ["-k", FILES[file], "-x", "-q", "--assert=plain", "--tb=no"]
+    for plugin in ("logging", "cacheprovider", "xdist", "faulthandler"):
+        selection += ["-p", f"no:{plugin}"]
     try:
+        if file.startswith("csrc") and not compile_cpp(folder):
+            return BROKEN
         tests = [OWN_TESTS[file]] if file in OWN_TESTS else TESTS
-        return pytest.main([*selection, *tests], plugins=[SlowLast]) != pytest.ExitCode.TESTS_FAILED
+        failed = (
+            pytest.main([*selection, *tests], plugins=[SlowLast]) == pytest.ExitCode.TESTS_FAILED
+        )
+        return KILLED if failed else SURVIVED
     finally:
         shutil.rmtree(folder)
 
@@ -135,11 +176,11 @@ def attempt(job: tuple[str, int, str, str]) -> tuple[tuple, str]:
     """What became of it, in a child that may crash or hang: a wild pointer is noticed, too."""
     child = os.fork()
     if child == 0:
-        os._exit(0 if survives(job) else 1)
+        os._exit(WORDS.index(outcome(job)))
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):  # crashed, or took an hour (SIGALRM)
         return job, signal.Signals(os.WTERMSIG(status)).name
-    return job, SURVIVED if os.WEXITSTATUS(status) == 0 else "killed"
+    return job, WORDS[os.WEXITSTATUS(status)]
 
 
 def main() -> None:
@@ -148,19 +189,26 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--skip", type=int, default=0, help="so many lines are done already")
     given = parser.parse_args()
-    jobs = [(f, *m) for f in given.files for m in mutations((ROOT / f).read_text())][given.skip :]
-    lives = 0
+    texts = {f: (ROOT / f).read_text() for f in given.files}
+    found = {
+        f: (cpp_mutations if f.endswith(".h") else mutations)(text) for f, text in texts.items()
+    }
+    jobs = [(f, *m) for f in given.files for m in found[f]][given.skip :]
+    words = []
+    if any(f.startswith("csrc") for f in given.files):
+        cpp_commands()  # asked for once, before anything is forked
     with get_context("fork").Pool(given.jobs, maxtasksperchild=1) as pool:
         # unbroken, everything must pass, or nothing below means anything
-        first = {f: (ROOT / f).read_text().splitlines()[0] for f in given.files}
+        first = {f: text.splitlines()[0] for f, text in texts.items()}
         whole = {(FILES[f], OWN_TESTS.get(f)): (f, 1, first[f], first[f]) for f in given.files}
         controls = pool.map_async(attempt, whole.values())
         for (file, row, old, new), word in pool.imap(attempt, jobs):
-            lives += word == SURVIVED
+            words.append(word)
             print(f"{word} {file}:{row}: {old.strip()}  ->  {new.strip()}", flush=True)
         if not all(word == SURVIVED for _, word in controls.get()):
             raise SystemExit("tests fail before anything is broken: the list above means nothing")
-    print(f"{len(jobs)} lines broken, {len(jobs) - lives} noticed, {lives} not")
+    lives, broken = words.count(SURVIVED), words.count(BROKEN)
+    print(f"{len(words) - broken} lines broken, {len(words) - broken - lives} noticed, {lives} not")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import check, floor, harness, registry, shapes
 from benchmarks.__main__ import main
+from benchmarks.programs import programs
 from benchmarks.prompt_attention import BENCHMARK, cost
 from benchmarks.registry import NotMeasured, Provider, Step
 
@@ -179,6 +180,17 @@ def test_floor_is_the_one_of_the_design(monkeypatch, model, ms):
     assert floor.floor_ms(*bound, torch.float32, "cuda") is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card that nobody measured")
     assert floor.floor_ms(*bound, torch.bfloat16, "cuda") is None
+
+
+@pytest.mark.parametrize("model", ["ViT-B/16", "CLIP-L/336", "LLaMA-7B", "Llama-8B"])
+def test_programs_add_up_to_the_whole(model):
+    """All programs' FLOPs are those of the products, but for what the last blocks do in vain."""
+    shape = shapes.attention("cuda", quick=False)[model]
+    flops = {p.kernel: p.programs * p.flops for p in programs(shape)}
+    forward, both = (cost(shape, mode, 2)[1] for mode in BENCHMARK.modes[:2])
+    assert forward <= flops["fwd"] <= 1.35 * forward
+    # backward by flash attention is seven products: dq's three, and four of keys and prompts
+    assert 1.4 * (both - forward) <= sum(flops.values()) - flops["fwd"] <= 2 * (both - forward)
 
 
 def test_the_parts_of_frozen_blocks(run):

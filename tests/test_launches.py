@@ -35,7 +35,7 @@ def launched(monkeypatch):
 
 
 def test_one_kernel_forward_three_and_a_sum_backward(launched):
-    inputs = make((2, 4, 2, 9, 9, 3, 16))
+    inputs = make((2, 4, 2, 40, 40, 3, 16))
     out = prompt_attention(*inputs, causal=True, backend="triton")
     assert launched == ["fwd"]
     torch.autograd.grad(out.sum(), inputs, retain_graph=True)
@@ -43,7 +43,19 @@ def test_one_kernel_forward_three_and_a_sum_backward(launched):
     launched.clear()
     frozen = [t.detach() for t in inputs[:3]] + inputs[3:]
     torch.autograd.grad(prompt_attention(*frozen, backend="triton").sum(), inputs[3:])
-    assert launched == ["fwd", "prompts", "sum"]
+    assert launched == ["fwd", "prompts"]  # one program is enough: nothing to add up
+
+
+def test_sets_of_prompts_launch_nothing_more(launched, monkeypatch):
+    q, k, v, *_ = make((2, 4, 2, 40, 40, 3, 16))
+    prompts = [torch.randn(2, 2, 3, 16, device=DEVICE, requires_grad=True) for _ in range(2)]
+    which = torch.tensor([1, 0], device=DEVICE)
+    for name in ("sort", "argsort", "bincount", "searchsorted", "arange"):  # as they once did
+        monkeypatch.setattr(torch, name, None)
+        monkeypatch.setattr(torch.Tensor, name, None, raising=False)
+    out = prompt_attention(q, k, v, *prompts, prompt_index=which, backend="triton")
+    torch.autograd.grad(out.sum(), (q, k, v, *prompts))
+    assert launched[:4] == ["fwd", "dq", "dkv", "prompts"] and launched[4:] in ([], ["sum"])
 
 
 def test_at_most_two_kernels_to_decode(launched):
@@ -62,10 +74,17 @@ def test_partial_sums_are_at_most_a_twentieth_of_what_is_written(name, tokens, m
     q = torch.empty(s.B, s.H, s.N, s.d, dtype=torch.bfloat16, device="meta")
     prompt_k = torch.empty(s.Hkv, s.P, s.d, dtype=torch.bfloat16, device="meta")
     o = Options(s.causal, 1.0)
-    splits, items, per_split = launcher._shares(o, q, prompt_k, 1, Tile(64, 64, 4, 3), tokens)
+    tile = Tile(64, 64, 4, 3)
+    splits, items, per_split, *_ = launcher._shares(o, q, prompt_k, 1, tile, tokens)
     partial, written = 2 * splits * prompt_k.numel() * 4, 2 * q.numel() * (4 if tokens else 1)
-    assert splits == 1 or partial <= 0.05 * written
+    assert splits == 1 or partial <= 0.05 * written  # of one split there is no partial sum
     assert (splits - 1) * per_split < items <= splits * per_split
+
+    sets = prompt_k.new_empty(8, *prompt_k.shape)
+    o = o._replace(prompt_index=torch.zeros(s.B, dtype=torch.int64, device="meta"))
+    splits, *_, samples, of_rows = launcher._shares(o, q, sets, 8, tile, tokens)
+    assert samples == s.B and splits % of_rows == 0
+    assert splits == 1 or 2 * splits * sets.numel() * 4 <= 0.05 * written
 
 
 @pytest.mark.gpu

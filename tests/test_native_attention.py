@@ -51,6 +51,23 @@ def test_as_accurate_as_eager(variant, shape, options, masked, dtype):
     assert_as_accurate(ours, eager, make(SHAPES[shape], dtype, "cpu"), torch.randn(B, Hq, N, d))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("Hkv", [1, 2, 4])  # parts that meet in a head, and parts of whole heads
+@pytest.mark.parametrize("length", [None, (7, 0, 3, 5)])
+def test_sets_of_prompts(variant, length, Hkv, dtype):
+    """Each sample its own; neighbours of one set, of another; a set that none has."""
+    B, Hq, N, d, which = 40, 4, 18, 24, torch.randint(3, (40,))
+    q, k, v, *_ = make((B, Hq, Hkv, N, N + 3, 1, d), dtype, "cpu")
+    prompts = torch.randn(2, 4, Hkv, 7, d, dtype=dtype).unbind(0)
+    inputs = [q, k, v, *(p.requires_grad_() for p in prompts)]
+    options = dict(prompt_index=which.int(), causal=True, key_mask=torch.rand(B, N + 3) > 0.3)
+    if length:
+        options["prompt_len"] = torch.tensor(length)
+    ours = partial(prompt_attention, backend="native", **options)
+    eager = partial(reference.prompt_attention, **options)
+    assert_as_accurate(ours, eager, inputs, torch.randn(B, Hq, N, d))
+
+
 def test_scores_too_large_for_an_exponential(variant):
     """Scores of 1e4: all but the largest vanish, nothing overflows."""
     inputs = make(SHAPES["narrow"], torch.float32, "cpu")
@@ -91,6 +108,8 @@ def test_refusals():
         call(*(t.half() for t in (q, k, v, pk, pv, out)), lse)
     with pytest.raises(ValueError, match=r"lse: want contiguous torch.float32"):
         call(q, k, v, pk, pv, out, lse.double())
+    with pytest.raises(ValueError, match=r"prompt_index: want contiguous torch.int64"):
+        call(q, k, v, pk, pv, out, lse, prompt_index=torch.zeros(3, dtype=torch.int32))
     with pytest.raises(ValueError, match="variant: want one of"):
         call(q, k, v, pk, pv, out, lse, variant="sse9")
 

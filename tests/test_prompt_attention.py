@@ -156,12 +156,21 @@ def test_any_strides(backend):
     torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.parametrize("kind", ["full", "left", "everything", "soft-capped window", "sets"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_runs_agree_bit_for_bit(backend):
-    inputs = make(SHAPES["blocks"])
-    runs = [
-        torch.autograd.grad(prompt_attention(*inputs, backend=backend).sum(), inputs) for _ in "12"
-    ]
+def test_two_runs_agree_bit_for_bit(backend, kind):
+    shape = SHAPES["blocks"]
+    inputs = make(shape)
+    if kind == "sets":
+        inputs[3:] = [torch.stack([x.detach(), -x.detach()]).requires_grad_() for x in inputs[3:]]
+        options = dict(prompt_index=torch.arange(shape[0], device=DEVICE) % 2, causal=True)
+    else:
+        options = options_for(kind, shape)
+    grad = torch.randn(inputs[0].shape, device=DEVICE)
+    runs = []
+    for _ in "12":
+        out = prompt_attention(*inputs, backend=backend, **options)
+        runs.append((out, *torch.autograd.grad(out, inputs, grad)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -207,9 +216,30 @@ def test_output_reshapes_without_a_copy():
     assert rows.reshape(*rows.shape[:2], -1).data_ptr() == out.data_ptr()
 
 
-@pytest.mark.parametrize("options", [dict(causal=True), dict(window=2, softcap=0.9)], ids=str)
+_ENDS = torch.tensor([0, 1, 3])
+GRADCHECKED = {
+    "causal": dict(causal=True),
+    "window, soft-cap": dict(window=2, softcap=0.9),
+    "key_mask": dict(key_mask=torch.tensor([[True, False, True]])),
+    "biases": dict(attn_mask=torch.randn(1, 2, 3, 3), prompt_bias=torch.randn(1, 2, 3, 2)),
+    "scale below 0": dict(scale=-0.4, causal=True),
+    "packed sets": dict(
+        cu_seqlens_q=_ENDS, cu_seqlens_k=_ENDS, causal=True,
+        prompt_index=torch.tensor([2, 0]), prompt_len=torch.tensor([2, 0, 1]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", GRADCHECKED)
 def test_float64_is_the_reference_and_passes_gradcheck(options):
-    inputs = [t.detach().double().requires_grad_() for t in make((1, 2, 1, 3, 4, 2, 8))]
+    options = {
+        k: x.to(DEVICE) if isinstance(x, torch.Tensor) else x
+        for k, x in GRADCHECKED[options].items()
+    }
+    inputs = [t.detach().double() for t in make((1, 2, 1, 3, 3, 2, 8))]
+    if "prompt_index" in options:
+        inputs[3:] = [torch.stack([x, 2 * x, -x]) for x in inputs[3:]]
+    inputs = [t.requires_grad_() for t in inputs]
     assert torch.autograd.gradcheck(partial(prompt_attention, **options), inputs)
 
 
@@ -320,11 +350,19 @@ def test_the_lowest_number_in_a_mask_hides(backend, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-def test_forward_and_backward_are_captured_in_a_cuda_graph():
-    inputs = make(SHAPES["blocks"], torch.float16)
+@pytest.mark.parametrize("kind", ["full", "causal", "everything", "sets", "decode"])
+def test_forward_and_backward_are_captured_in_a_cuda_graph(kind):
+    shape = (2, 4, 2, 1, 3000, 20, 64) if kind == "decode" else SHAPES["blocks"]
+    inputs = make(shape, torch.float16)
+    options = dict(causal=kind != "full")
+    if kind == "everything":
+        options = options_for(kind, shape)
+    if kind == "sets":
+        inputs[3:] = [torch.stack([x.detach(), -x.detach()]).requires_grad_() for x in inputs[3:]]
+        options["prompt_index"] = torch.arange(shape[0], device=DEVICE) % 2
 
     def step():
-        out = prompt_attention(*inputs, causal=True)
+        out = prompt_attention(*inputs, **options)
         return out, *torch.autograd.grad(out.square().sum(), inputs)
 
     stream = torch.cuda.Stream()
@@ -335,7 +373,7 @@ def test_forward_and_backward_are_captured_in_a_cuda_graph():
     with torch.cuda.graph(graph):
         got = step()
     with torch.no_grad():
-        for t, new in zip(inputs, make(SHAPES["blocks"], torch.float16, seed=5), strict=True):
-            t.copy_(new)
+        for t in inputs:
+            t.copy_(torch.randn_like(t))
     graph.replay()
     torch.testing.assert_close(got, step())

@@ -125,6 +125,29 @@ def test_decoding_shares_the_keys_out(backend, options, groups):
     check(backend, inputs, causal=True, attn_mask=attn_mask, prompt_bias=bias, **options)
 
 
+@pytest.mark.parametrize(
+    ("packed", "splits"),
+    [(False, (1, 1)), (False, (2, 1)), (False, (1, 3)), (False, (3, 2)), (True, (3, 2))],
+)
+def test_triton_shares_out_samples_and_their_rows(monkeypatch, packed, splits):
+    """However a set's samples, more than one round of looking for them, are shared out."""
+    from fastprompt.ops import prompt_attention_triton as launcher
+
+    def cut(o, *given):
+        return splits[0] * splits[1], None, None, o.prompt_index.numel(), splits[1]
+
+    monkeypatch.setattr(launcher, "_shares", cut)
+    samples = 130 if packed else 4
+    options = dict(prompt_index=torch.arange(samples, device=DEVICE) % 3 % 2)
+    if packed:  # one long sequence among short ones
+        ends = torch.tensor([0, 150, *range(151, 150 + samples)], dtype=torch.int32)
+        options |= dict(cu_seqlens_q=ends.to(DEVICE), cu_seqlens_k=ends.to(DEVICE))
+        inputs = make(1, int(ends[-1]), int(ends[-1]), torch.float32, sets=2, Hq=1, Hkv=1, P=5, d=8)
+    else:
+        inputs = make(samples, 140, 4, torch.float32, Hq=2, Hkv=1, P=5, d=8)
+    check("triton", inputs, **options)
+
+
 def refused(message, inputs=None, **options):
     with pytest.raises(ValueError, match=message):
         prompt_attention(*(inputs or make(2, 6, 6, torch.float32)), **options)
@@ -166,8 +189,8 @@ def test_triton_shares_out_long_prompts_too(monkeypatch):
     whole = launcher._shares
 
     def more(*given):
-        _, items, _ = whole(*given)
-        return items, items, 1
+        _, items, *_ = whole(*given)
+        return items, items, 1, None, None
 
     monkeypatch.setattr(launcher, "_shares", more)
     inputs = make(4, 9, 9, torch.float32, sets=0, Hq=1, Hkv=1, P=60)

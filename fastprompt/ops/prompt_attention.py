@@ -191,12 +191,12 @@ def prompt_attention(
         prompt_index: [B] (packed: [sequences]) int32 or int64, the set of each sample.
         prompt_len: [S] int32 or int64: the first so many rows of a set exist.
         backend: "triton" (CUDA; on the CPU it wants its interpreter); "native", csrc's kernel on
-            the CPU, for float32 and bfloat16 without attn_mask, prompt_bias, softcap, packing or
-            sets, N above 1 and B·Hkv not below the threads, while every other call is sent on to
-            "vendor"; "vendor", torch's
-            own attention on the tokens and the prompts merged in (on CUDA, packing and sets make
-            it wait for the device); "xformers", the same with that package; "reference", plain
-            PyTorch. "auto" is Triton on CUDA from sm_80 on, and native on the CPU.
+            the CPU, for float32 and bfloat16 without attn_mask, prompt_bias, softcap or packing,
+            N above 1 and B·Hkv not below the threads, while every other call is sent on to
+            "vendor"; "vendor", torch's own attention on the tokens and the prompts merged in (on
+            CUDA, packing and sets make it wait for the device); "xformers", the same with that
+            package; "reference", plain PyTorch. "auto" is Triton on CUDA from sm_80 on (an
+            attn_mask is read by its kernels as well), and native on the CPU.
 
     Returns:
         [B, Hq, N, d] in ``q.dtype``, laid out as [B, N, Hq, d]. A row that may see no token gets

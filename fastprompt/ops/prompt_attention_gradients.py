@@ -236,22 +236,22 @@ def dkv_kernel(
     store_rows(dv_base, dv, start, M, step, HEAD_DIM, BLOCK_K, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=(*ANY_SIZE, "sets", "items", "per_split"))
+@triton.jit(do_not_specialize=(*ANY_SIZE, "sets", "items", "per_split", "samples", "row_splits"))
 def prompts_kernel(
     dout_ptr, out_ptr, lse_ptr, delta_ptr, q_ptr, pk_ptr, pv_ptr, bias_ptr,
-    ends_q_ptr, order_ptr, starts_ptr, length_ptr,
-    partial_ptr,
-    H, N, P, sets, scale, softcap, items, per_split, splits,
+    ends_q_ptr, index_ptr, length_ptr,
+    dpk_ptr, dpv_ptr,
+    H, N, P, sets, scale, softcap, splits, items, per_split, samples, row_splits,
     dout_strides, out_strides, q_strides, pk_strides, pv_strides, bias_strides,
     GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
     UNIT: tl.constexpr, STEP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One split's share of the prompts' dk and dv: partial [2, splits, sets, Hkv, P, HEAD_DIM].
+    """One split's share of the prompts' dk and dv: dpk, dpv [splits, sets, Hkv, P, HEAD_DIM].
 
     One set for all: the items to share out are the query blocks of all samples and of the heads
-    of one group. Several: they are the samples that have this set (order[starts[set]] and on) and
-    the heads of one group.
+    of one group. Several: they are the samples that have this set and the heads of one group; each
+    one's query blocks are shared out among `row_splits` more, that take turns at being the first.
     """
     heads = H // GROUPS
     p_blocks = tl.cdiv(P, BLOCK_P)
@@ -272,7 +272,7 @@ def prompts_kernel(
     dv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     masked: tl.constexpr = bias_ptr is not None or length_ptr is not None
 
-    if order_ptr is None:
+    if index_ptr is None:
         blocks = tl.cdiv(N, BLOCK_Q)
         for item in tl.range(split * per_split, tl.minimum((split + 1) * per_split, items)):
             b = (item // blocks // GROUPS).to(tl.int64)
@@ -288,30 +288,35 @@ def prompts_kernel(
                 False, masked, HEAD_DIM, BLOCK_Q, BLOCK_D,
             )  # fmt: skip
     else:
-        first, last = tl.load(starts_ptr + which), tl.load(starts_ptr + which + 1)
-        for item in tl.range(split, (last - first).to(tl.int32) * GROUPS, splits):
-            sample = tl.load(order_ptr + first + item // GROUPS).to(tl.int64)
-            h = h_kv * GROUPS + item % GROUPS
-            row, rows = span(ends_q_ptr, sample, N)
-            b = sample
-            if ends_q_ptr is not None:
-                b = tl.full((), 0, tl.int64)
-            at_lse = (b * H + h) * N + row
-            delta = None if delta_ptr is None else delta_ptr + at_lse
-            queries = pair_at(q_ptr, dout_ptr, b, h, row, q_strides, dout_strides, UNIT, STEP)
-            out = head_at(out_ptr, b, h, row, out_strides, UNIT, STEP)
-            hide = hide_at(b, h, (0, 0), bias_strides)
-            for at in tl.range(0, rows, BLOCK_Q):
-                dk, dv = _key_step(
-                    dk, dv, k, v, c, queries, lse_ptr + at_lse, delta, out,
-                    at, rows, j, length, 0, None, bias_ptr, hide, None, softcap,
-                    False, masked, HEAD_DIM, BLOCK_Q, BLOCK_D,
-                )  # fmt: skip
+        for first in tl.range(0, samples, 128):
+            i = first + tl.arange(0, 128)
+            mine = tl.load(index_ptr + i, mask=i < samples, other=-1) == which
+            place = tl.cumsum(mine.to(tl.int32), 0) - 1
+            count = tl.sum(mine.to(tl.int32), 0)
+            for item in tl.range(split // row_splits, count * GROUPS, splits // row_splits):
+                here = mine & (place == item // GROUPS)
+                sample = tl.sum(tl.where(here, i, 0), 0).to(tl.int64)
+                h = h_kv * GROUPS + item % GROUPS
+                row, rows = span(ends_q_ptr, sample, N)
+                b = sample
+                if ends_q_ptr is not None:
+                    b = tl.full((), 0, tl.int64)
+                at_lse = (b * H + h) * N + row
+                delta = None if delta_ptr is None else delta_ptr + at_lse
+                queries = pair_at(q_ptr, dout_ptr, b, h, row, q_strides, dout_strides, UNIT, STEP)
+                out = head_at(out_ptr, b, h, row, out_strides, UNIT, STEP)
+                hide = hide_at(b, h, (0, 0), bias_strides)
+                turn = (split + item) % row_splits
+                for at in tl.range(turn * BLOCK_Q, rows, row_splits * BLOCK_Q):
+                    dk, dv = _key_step(
+                        dk, dv, k, v, c, queries, lse_ptr + at_lse, delta, out,
+                        at, rows, j, length, 0, None, bias_ptr, hide, None, softcap,
+                        False, masked, HEAD_DIM, BLOCK_Q, BLOCK_D,
+                    )  # fmt: skip
 
-    to = partial_ptr + (split * sets + which) * (heads * P * HEAD_DIM) + h_kv * (P * HEAD_DIM)
-    store_rows(to, dk * scale, start, P, HEAD_DIM, HEAD_DIM, BLOCK_P, BLOCK_D)
-    to += splits * sets.to(tl.int64) * (heads * P * HEAD_DIM)
-    store_rows(to, dv, start, P, HEAD_DIM, HEAD_DIM, BLOCK_P, BLOCK_D)
+    to = (split * sets + which) * (heads * P * HEAD_DIM) + h_kv * (P * HEAD_DIM)
+    store_rows(dpk_ptr + to, dk * scale, start, P, HEAD_DIM, HEAD_DIM, BLOCK_P, BLOCK_D)
+    store_rows(dpv_ptr + to, dv, start, P, HEAD_DIM, HEAD_DIM, BLOCK_P, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=("size", "splits"))

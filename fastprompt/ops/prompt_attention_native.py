@@ -17,7 +17,7 @@ def serves(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options) -> bool:
     return (
         q.dtype in DTYPES
         and native.available()
-        and (o.attn_mask, o.prompt_bias, o.softcap, o.cu_seqlens_q, o.prompt_index) == (None,) * 5
+        and (o.attn_mask, o.prompt_bias, o.softcap, o.cu_seqlens_q) == (None,) * 4
         and keys * q.shape[3] <= _LONGEST
         # a pair of a sample and a key head is one thread's work
         and k.shape[0] * k.shape[1] >= torch.get_num_threads()
@@ -41,18 +41,21 @@ def backward(
     """(dq, dk, dv, dprompt_k, dprompt_v); empty tensors for what is not asked."""
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     rows = tuple(rows_like(x) for x in (q, k, v)) if tokens else None
-    shares = None
+    shares, parts = None, None
     if prompts:
-        parts = native.attention_parts(k.shape[0] * k.shape[1], 8 * prompt_k.numel())
-        shares = torch.zeros(parts, 2, *prompt_k.shape)
+        parts, count = native.attention_parts(*k.shape[:2], 8 * prompt_k.numel())
+        shares = torch.zeros(count, 2, *prompt_k.shape)
     native.attention(
         q, k, v, prompt_k, prompt_v, out, lse,
-        dout=dout, token_grads=rows, prompt_grads=shares, **_options(o),
+        dout=dout, token_grads=rows, prompt_grads=shares, parts=parts, **_options(o),
     )  # fmt: skip
     own = [shares[:, i].sum(0).to(q.dtype) if prompts else q.new_empty(0) for i in (0, 1)]
     return *(rows or [q.new_empty(0) for _ in range(3)]), *own
 
 
 def _options(o: Options) -> dict:
-    mask = None if o.key_mask is None else o.key_mask.contiguous()
-    return dict(causal=o.causal, scale=o.scale, window=o.window, key_mask=mask)
+    given = dict(key_mask=o.key_mask, prompt_index=o.prompt_index, prompt_len=o.prompt_len)
+    for name, t in given.items():
+        if t is not None:
+            given[name] = t.contiguous() if t.dtype == torch.bool else t.long().contiguous()
+    return dict(causal=o.causal, scale=o.scale, window=o.window, **given)

@@ -6,9 +6,8 @@ Device code: `prompt_attention_kernels` (forward), `prompt_attention_gradients` 
 Forward is one kernel; two where few queries meet many keys (decoding): the keys are then shared
 out, and the shares merged. Backward is dq (which also leaves delta = sum_d dout · out), dk/dv, and
 the prompts' gradients, whose sum over the batch takes two stages: every program writes its share,
-one small kernel adds the shares in a fixed order. No atomics, so two runs agree bit for bit. Where
-the tokens need no gradient, only the prompts' two kernels run. Sets of prompts cost three small
-launches of torch's more (a sort of the samples by set), and partial sums of their own size or more.
+one small kernel adds the shares in a fixed order (none where one program is enough). No atomics, so
+two runs agree bit for bit. Where the tokens need no gradient, only the prompts' two kernels run.
 """
 
 import torch
@@ -219,26 +218,29 @@ def _backward_prompts(dout, out, lse, q, k, v, prompt_k, prompt_v, delta, o):
     strides, layout = _strides(dout, out, q, prompt_k, prompt_v)
     blocks = _blocks(tile, layout, d, P, o.prompt_bias, o)
     del blocks["BLOCK_K"]
-    order, starts, sets = _samples_by_set(o, prompt_k)
-    splits, items, per_split = _shares(o, q, prompt_k, sets, tile, delta is not None)
-    partial = q.new_empty(2, splits, sets, H_kv, P, d, dtype=torch.float32)
+    sets = 1 if o.prompt_index is None else len(prompt_k)
+    splits, *shares = _shares(o, q, prompt_k, sets, tile, delta is not None)
+    partial = dpk, dpv
+    if splits > 1:
+        partial = q.new_empty(2, splits, *prompt_k.shape, dtype=torch.float32)
     prompts_kernel[(sets * H_kv * splits * triton.cdiv(P, blocks["BLOCK_P"]),)](
         dout, out, lse, delta, q, prompt_k, prompt_v, o.prompt_bias,
-        o.cu_seqlens_q, order, starts, o.prompt_len,
-        partial,
-        H, N, P, sets, o.scale, o.softcap, items, per_split, splits,
+        o.cu_seqlens_q, o.prompt_index, o.prompt_len,
+        *partial,
+        H, N, P, sets, o.scale, o.softcap, splits, *shares,
         *strides, _mask_strides(o.prompt_bias, B, H, N, P),
         GROUPS=H // H_kv, **blocks,
     )  # fmt: skip
-    block = 256
-    sum_kernel[(2 * triton.cdiv(dpk.numel(), block),)](
-        partial, dpk, dpv, dpk.numel(), splits, BLOCK=block
-    )
+    if splits > 1:
+        block = 256
+        sum_kernel[(2 * triton.cdiv(dpk.numel(), block),)](
+            partial, dpk, dpv, dpk.numel(), splits, BLOCK=block
+        )
     return dpk, dpv
 
 
-def _shares(o, q, prompt_k, sets, tile, tokens) -> tuple[int, int, int]:
-    """(splits, items, items a split) of the prompts' gradients.
+def _shares(o, q, prompt_k, sets, tile, tokens) -> tuple[int | None, ...]:
+    """(splits, items, items a split, samples, splits of a sample's rows) of the prompts' gradients.
 
     About two programs a processor, but partial sums of at most 5% of what is written anyway: out
     and, with the tokens' gradients, as much three times more.
@@ -249,20 +251,13 @@ def _shares(o, q, prompt_k, sets, tile, tokens) -> tuple[int, int, int]:
     written = q.numel() * q.element_size() * (4 if tokens else 1)
     most = min(most, max(1, int(0.05 * written) // (8 * prompt_k.numel())))
     if o.prompt_index is not None:
-        return min(most, o.prompt_index.numel() * groups), 0, 0
+        samples = o.prompt_index.numel()
+        of_items = min(most, triton.cdiv(samples, sets) * groups)
+        of_rows = min(most // of_items, triton.cdiv(N, tile.queries))
+        return of_items * of_rows, None, None, samples, of_rows
     items = B * groups * triton.cdiv(N, tile.queries)
     per_split = triton.cdiv(items, min(most, items))
-    return triton.cdiv(items, per_split), items, per_split
-
-
-def _samples_by_set(o, prompt_k) -> tuple[Tensor | None, Tensor | None, int]:
-    """(samples in the order of their sets, where each set's begin, sets), without a device sync."""
-    if o.prompt_index is None:
-        return None, None, 1
-    sets = prompt_k.shape[0]
-    chosen, order = o.prompt_index.sort(stable=True)
-    starts = torch.searchsorted(chosen, torch.arange(sets + 1, device=order.device).to(chosen))
-    return order, starts, sets
+    return triton.cdiv(items, per_split), items, per_split, None, None
 
 
 def _row_blocks(o: Options, B: int, N: int, block: int) -> int:

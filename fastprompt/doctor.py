@@ -1,0 +1,150 @@
+"""What of fastprompt is active on this machine, and whether it works: ``fastprompt doctor``."""
+
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from fastprompt import native, ops
+from fastprompt.ops import reference
+from fastprompt.ops.prompt_attention import chosen_backend
+from fastprompt.ops.select_prompts import chosen_backend as selection_backend
+
+PACKAGES = ("torch", "transformers", "triton", "bitsandbytes", "accelerate")
+EXTRAS = ("open_clip_torch", "timm", "xformers", "liger-kernel")
+
+
+def report() -> str:
+    """What is active here: versions, devices, backends, the compiled part. Nothing is run."""
+    from fastprompt import __version__
+
+    versions = ", ".join(f"{name} {_version(name) or 'missing'}" for name in PACKAGES)
+    extras = ", ".join(f"{name} {_version(name) or 'not installed'}" for name in EXTRAS)
+    lines = [f"fastprompt {__version__}: {versions}", f"extras: {extras}"]
+    lines.append(f"threads on the CPU: {torch.get_num_threads()}")
+    for device in _devices():
+        like = torch.empty(0, device=device)
+        lines.append(
+            f"{_named(device)}: attention backend {chosen_backend(like)}, "
+            f"selection {selection_backend(like, k=1)}"
+        )
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = "this torch is built without CUDA" if built is None else "no card or driver is found"
+        lines.append(f"cuda: none ({why})")
+    active = native.isa() if native.available() else f"missing, {native.why_missing()}"
+    lines.append(f"compiled part (attention, selection, 4-bit weights on the CPU): {active}")
+    return "\n".join(lines)
+
+
+def examine() -> tuple[str, bool]:
+    """`report`, and each op run once on each device against what it must be: (text, all well).
+
+    A kernel that is not compiled yet is compiled, so the first examination of a GPU takes a while.
+    """
+    lines, well = [report(), ""], True
+    for device in _devices():
+        for name, check in _checks(device):
+            started = time.perf_counter()
+            try:
+                wrong = check()
+            except Exception as error:  # whatever it is, the others are worth knowing
+                wrong = f"{type(error).__name__}: {error}".splitlines()[0]
+            word = f"WRONG: {wrong}" if wrong else f"ok ({time.perf_counter() - started:.2f} s)"
+            lines.append(f"{device}  {name:<44} {word}")
+            well &= not wrong
+    return "\n".join(lines), well
+
+
+def _checks(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
+    """(name, what says what is wrong; "" if nothing is)."""
+    for dtype in (torch.float32, torch.bfloat16):
+        kind = str(dtype).removeprefix("torch.")
+        like = torch.empty(0, dtype=dtype, device=device)
+        backend = chosen_backend(like)
+        yield f"prompt_attention, {kind} ({backend})", lambda like=like: _attention(like)
+        yield f"select_prompts, {kind}", lambda like=like: _selection(like)
+        yield f"rms_norm, {kind}", lambda like=like: _norm(like)
+    yield "4-bit weights against bitsandbytes'", lambda: _four_bit(device)
+
+
+def _attention(like: Tensor) -> str:
+    shapes = [(2, 4, 33, 64), (2, 2, 33, 64), (2, 2, 33, 64), (2, 5, 64), (2, 5, 64)]
+    inputs = [_random(like, *shape).requires_grad_() for shape in shapes]
+
+    def run(attend, dtype):
+        given = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = attend(*given, causal=True)
+        return out, *torch.autograd.grad(out.float().square().sum(), given)
+
+    truth = run(reference.prompt_attention, torch.float64)
+    eager = run(reference.prompt_attention, like.dtype)
+    return _no_worse(run(ops.prompt_attention, like.dtype), eager, truth)
+
+
+def _norm(like: Tensor) -> str:
+    x, weight = _random(like, 33, 200), 1 + _random(like, 200)
+    eager = torch.nn.functional.rms_norm(x, (200,), weight, 1e-6)
+    truth = torch.nn.functional.rms_norm(x.double(), (200,), weight.double(), 1e-6)
+    return _no_worse([ops.rms_norm(x, weight, eps=1e-6)], [eager], [truth])
+
+
+def _selection(like: Tensor) -> str:
+    query, keys, prompts = (_random(like, n, 64) for n in (4, 100, 100))
+    _, indices, scores = ops.select_prompts(query, keys, prompts, k=5)
+    exact = torch.nn.functional.cosine_similarity(
+        query.double()[:, None], keys.double()[None], dim=-1
+    )
+    best = exact.topk(5).values
+    off = (exact.gather(1, indices) - best).abs().max().item()
+    off = max(off, (scores.double() - best).abs().max().item())
+    return "" if off <= 1e-2 else f"the best cosines are missed by {off:.1e}"
+
+
+def _four_bit(device: str) -> str:
+    from bitsandbytes import functional as bnb
+
+    weight = _random(torch.empty(0, dtype=torch.bfloat16, device=device), 128, 256)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    x = _random(weight, 3, 256)
+    dense = bnb.dequantize_4bit(packed, state)
+    ours, eager = ops.nf4_linear(x, (packed, state)), x @ dense.mT
+    return _no_worse([ours], [eager], [x.double() @ dense.double().mT])
+
+
+def _no_worse(ours, eager, truth) -> str:
+    """The one rule of accuracy: at most twice eager's own error, and a rounding."""
+    for got, other, exact in zip(ours, eager, truth, strict=True):
+        scale = exact.norm()
+        limit = 2 * (other - exact).norm() + torch.finfo(got.dtype).eps * scale
+        off = (got - exact).norm()
+        if not off <= limit:
+            return f"off by {off / scale:.1e}, where {limit / scale:.1e} is allowed"
+    return ""
+
+
+def _random(like: Tensor, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(like)
+
+
+def _devices() -> list[str]:
+    return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+
+
+def _named(device: str) -> str:
+    if device == "cpu":
+        return device
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{device} ({torch.cuda.get_device_name(device)}, sm_{major}{minor})"
+
+
+def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # with its build (+cu130)
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
