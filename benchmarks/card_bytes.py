@@ -18,12 +18,12 @@ from benchmarks.llava import Tuning
 from fastprompt import families
 from fastprompt.blocks.memory import kept_bytes
 from fastprompt.blocks.parts import Parts
+from fastprompt.ops.linear_cross_entropy import rows_at_once
 
 REF, OURS = WAYS = ("ref", "fastprompt")  # checkpointing, inputs on the card; memory="offload"
 BF16 = torch.bfloat16
 TRAINS = 16
 LOGITS = 16  # bytes a number: half precision, float32, their logarithms, gradients of the first two
-LOSS_ROWS = 1024  # labelled rows whose logits a fused loss holds at once, at the most
 
 
 def packed_bytes(elements: int) -> int:
@@ -52,16 +52,13 @@ def own_bytes(parts: Parts) -> int:
 def working_bytes(parts: Parts, way: str) -> int:
     """Bytes a token of one block in backward at its worst, all of it recomputed.
 
-    Ours: what "speed" keeps, the gradients of the MLP's inside, and of the stream, q and k before
-    rotation, and what the norms hold; as measured on the CPU, where the norms' share is larger than
-    on a card with its own kernels.
+    Ours: what "speed" keeps, the gradient of the activation's result (those of gate and up are
+    written over them), and two of the stream. Kernels on a card hold nothing besides.
     """
-    width, queries, keys = _sizes(parts)
-    inner = parts.gate.out_features
+    width, inner = parts.down.out_features, parts.gate.out_features
     if way == REF:
         return own_bytes(parts) + 4 * inner + 8 * width
-    gradients = 2 * inner * (2 if parts.up is None else 3)
-    return kept_bytes(parts, "speed", BF16, BF16) + gradients + 18 * width + 2 * (queries + keys)
+    return kept_bytes(parts, "speed", BF16, BF16) + 2 * inner + 4 * width
 
 
 def scratch_bytes(parts: Parts) -> int:
@@ -137,7 +134,9 @@ class Card:
         depth, _, parts = self._layers["text"]
         kept = depth * self.kept("text") + (s.vision.layers - 1) * self.kept("vision")
         stream = 4 * s.N * self.width  # the last block's output and its gradient
-        rows = s.N * batch if self.way == REF else min(LOSS_ROWS, s.answer * batch)
+        rows = s.N * batch
+        if self.way == OURS:
+            rows = min(rows_at_once(s.text.vocab), s.answer * batch)
         moments.append(batch * (kept + stream) + LOGITS * rows * s.text.vocab)
         rows = s.N + s.textual * (self.way == REF)
         working = batch * rows * working_bytes(parts, self.way)

@@ -14,7 +14,8 @@ from torch.linalg import vector_norm as norm
 
 from benchmarks.registry import Benchmark, NotMeasured, Provider, Step, Verdict
 from fastprompt import native
-from fastprompt.ops.nf4_linear import nf4_linear, unpack
+from fastprompt.ops.nf4_linear import nf4_linear
+from fastprompt.ops.packed import unpack
 
 PLAIN, NESTED = "plain absmax", "nested absmax"
 FORWARD, DX = "forward", "forward+backward (dx)"

@@ -13,7 +13,7 @@ from fastprompt.ops.prompt_attention import chosen_backend
 from fastprompt.ops.select_prompts import chosen_backend as selection_backend
 
 PACKAGES = ("torch", "transformers", "triton", "bitsandbytes", "accelerate")
-EXTRAS = ("open_clip_torch", "timm", "xformers")
+EXTRAS = ("open_clip_torch", "timm", "xformers", "liger-kernel")
 
 
 def report() -> str:

@@ -17,14 +17,15 @@ from fastprompt.blocks.memory import CHOICES as MEMORIES
 from fastprompt.blocks.memory import Memory
 from fastprompt.families import Anatomy, Tower
 from fastprompt.families.base import join
+from fastprompt.loss import FusedLoss
 from fastprompt.methods import Method, default_for
 from fastprompt.ops.options import BACKENDS
 from fastprompt.pools import Pool
 from fastprompt.prompts import Prompt
 from fastprompt.trained import trained_copy
+from fastprompt.undoing import CHILD, STEPS
 
 ATTRIBUTE = "_fastprompt_patch"
-CHILD = "fastprompt"  # the prompt's name in its layer
 
 
 @dataclass(eq=False)
@@ -39,6 +40,8 @@ class Patch:
         pool: what chooses prompts for each sample, under L2P, DualPrompt and CODA-Prompt.
         memory, memories: what to keep of each block for backward: as asked, and by tower.
         unfused: block name -> why it never runs as one node.
+        logits: whether a training forward with labels is to return logits beside its loss.
+        loss: what computes a language model's loss without them, or why nothing does.
     """
 
     model: PreTrainedModel
@@ -51,6 +54,8 @@ class Patch:
     memory: str = "auto"
     memories: dict[str, Memory] = field(default_factory=dict)
     unfused: dict[str, str] = field(default_factory=dict)
+    logits: bool = False
+    loss: FusedLoss | str = "no language model's head"
     _names: list[str] = field(default_factory=list)  # of the parameters that train
     _undo: list[tuple[str, Any]] = field(default_factory=list)  # newest last
 
@@ -121,10 +126,11 @@ class Patch:
         """
         while self._undo:
             step, what = self._undo.pop()
-            _UNDO[step](what)
+            STEPS[step](what)
         for kept in (self._names, self.memories, self.unfused):
             kept.clear()
         self.pool = None
+        self.loss = "undone"
         self.model.__dict__.pop(ATTRIBUTE, None)
 
 
@@ -134,6 +140,7 @@ def patch(
     *,
     backend: str = "auto",
     memory: str = "auto",
+    logits: bool = False,
 ) -> Patch:
     """Give ``model`` trainable prompts; everything that the method does not name is frozen.
 
@@ -153,6 +160,9 @@ def patch(
             KB); "offload": that input in the host's memory. "auto" takes the fastest that fits,
             at the first training forward and when the tokens grow. "off" runs transformers' own
             layers. Gradient checkpointing turns each into "low".
+        logits: whether a language model, given labels in training, returns its logits beside its
+            loss. By default they are None there and never made: at 7B they take more memory than
+            half of the blocks. In evaluation, and without labels, they are there always.
 
     Returns:
         The `Patch`, also kept on the model: ``.report()``, ``.trainable``, ``.undo()``.
@@ -172,7 +182,7 @@ def patch(
     method.check(anatomy)
     _check_devices(anatomy)
 
-    done = Patch(model, method, anatomy, backend, memory=memory)
+    done = Patch(model, method, anatomy, backend, memory=memory, logits=logits)
     try:
         _apply(done)
     except BaseException:
@@ -250,8 +260,14 @@ def _apply(done: Patch) -> None:
             done.skipped[block.name] = "nothing reads its output: no prompt, and not run by LLaVA"
 
     _switch_configs(done, prompted)
+    fused = None
+    if isinstance(getattr(model, "lm_head", None), nn.Module):
+        done.loss = FusedLoss.put_on(model, logits=done.logits)
+        if isinstance(done.loss, FusedLoss):
+            fused = done.loss
+            done._undo.append(("loss", fused))
     if done.memory != "off":
-        frozen = freeze(model, prompted, done.memory)
+        frozen = freeze(model, prompted, done.memory, fused)
         done.memories, done.unfused = frozen.memories, frozen.unfused
         done._undo += [("block", block) for block in frozen.blocks]
     for tower in prompted:
@@ -363,38 +379,3 @@ def _skip_unread(done: Patch) -> None:
         host.register_forward_hook(hooks.LeaveHost(tap), **leave),
     ]
     done._undo.append(("hooks", handles))
-
-
-def _restore_flags(flags: list[tuple[nn.Parameter, bool, Tensor | None]]) -> None:
-    for p, requires_grad, grad in flags:
-        p.requires_grad_(requires_grad)
-        p.grad = grad
-
-
-def _put_back(what: tuple[nn.Module, str, nn.Module]) -> None:
-    """The original of a trained part, where the model is by now and in the mode it is in."""
-    parent, child, old = what
-    new = getattr(parent, child)
-    device = next(new.parameters()).device
-    if next(old.parameters()).device != device:
-        old.to(device)
-    setattr(parent, child, old.train(new.training))
-
-
-def _remove(handles: list) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-_UNDO = {
-    "requires_grad": _restore_flags,
-    "linear4bit": linear4bit.release,
-    "module": _put_back,
-    "attribute": lambda what: setattr(*what),
-    "prompt": lambda layer: layer._modules.pop(CHILD, None),
-    "side keys": lambda module: vars(module).pop(attention.ATTRIBUTE, None),
-    "forward": hooks.RunIfRead.undo,
-    "block": Frozen.undo,
-    "hooks": _remove,
-    "trainer": trainer.detach,
-}

@@ -50,7 +50,10 @@ def report(patch: Patch) -> str:
         lines.append(
             f"  on the CPU  {how}" + ("" if native.available() else f": {native.why_missing()}")
         )
-    lines += ["", *_blocks(patch), "", f"attention backend  {_backend(patch)}"]
+    lines += ["", *_blocks(patch)]
+    if hasattr(model, "lm_head"):
+        lines.append(_loss(patch))
+    lines += ["", f"attention backend  {_backend(patch)}"]
     if patch.skipped:
         lines += ["", "skipped", *(f"  {name}: {why}" for name, why in patch.skipped.items())]
     return "\n".join(lines)
@@ -79,6 +82,13 @@ def _blocks(patch: Patch) -> list[str]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         lines.append(f"  unfused  {names[0]}{more}: {why}")
     return lines
+
+
+def _loss(patch: Patch) -> str:
+    why = patch.loss if isinstance(patch.loss, str) else patch.loss.why_not()
+    if why:
+        return f"loss  transformers' own, of all logits: {why}"
+    return "loss  at label positions alone; in training logits are None"
 
 
 def _backend(patch: Patch) -> str:

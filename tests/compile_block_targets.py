@@ -11,7 +11,7 @@ from triton.runtime import driver
 
 from fastprompt.ops import activations_triton, dequantize_4bit_triton, norms_triton, rope_triton
 from fastprompt.ops.checks import MOST_CHANNELS
-from fastprompt.ops.nf4_linear import Packed
+from fastprompt.ops.packed import Packed
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -38,7 +38,9 @@ class Norm(NamedTuple):
         r, dr, total = (r, r, total) if self.residual else (None, None, None)
         first = self.kind == "rms"
         norms_triton.forward(x, r, weight, bias, 1e-6, offset, first, y, total, mean, rstd)
-        norms_triton.backward(dy, x, weight, mean, rstd, dr, offset, dx)
+        center = mean is not None
+        norms_triton.backward(dy, x, weight, mean, rstd, dr, 1e-6, offset, center, dx)
+        norms_triton.backward(dy, x, weight, None, None, dr, 1e-6, offset, center, dx)
 
 
 class Activation(NamedTuple):

@@ -14,6 +14,21 @@ import fastprompt.families
 from fastprompt.blocks import node
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "vit"])
+def test_a_second_backward_gives_the_same_bits(name, policy):
+    """Whatever is written to in place, nothing that is kept is."""
+    model, _ = pair(name, policy)
+    out = tiny.output(name, model, tiny.inputs(name, torch.float64))
+    found = []
+    for _ in range(3):
+        out.square().sum().backward(retain_graph=True)
+        found.append(gradients(model))
+    assert is_fused(model)
+    for a, *others in zip(*found, strict=True):
+        assert a.any() and all(torch.equal(a, b) for b in others)
+
+
 def test_a_second_backward_and_writes_in_place():
     model, _ = pair("llama", "balanced")
     out = tiny.output("llama", model, tiny.inputs("llama", torch.float64))
@@ -135,3 +150,24 @@ def test_the_node_by_itself():
     dy = torch.randn_like(got)
     grads = [torch.autograd.grad(y, x, dy)[0] for y in (got, want)]
     assert relative(*grads) < 1e-12
+
+
+@pytest.mark.parametrize("without", ["q_norm", "k_norm"])
+def test_a_norm_on_queries_or_keys_alone(without):
+    """What has none is not rotated in memory that is kept as it was before."""
+    from fastprompt.ops.options import Options
+
+    model = model_of("qwen3").requires_grad_(False)
+    parts = fastprompt.families.anatomy(model).towers[0].blocks[0].parts
+    setattr(parts, without, None)
+    x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
+    heads = parts.k_proj.out_features // parts.head_dim
+    prompt = torch.randn(2, heads, 3, parts.head_dim, dtype=torch.float64)
+    cos, sin = model.model.rotary_emb(x, torch.arange(5)[None])
+    options = Options(True, parts.scale)
+    found = []
+    for policy in POLICIES:
+        y = node.frozen_block(parts, x, *prompt, options, cos=cos, sin=sin, policy=policy)
+        found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

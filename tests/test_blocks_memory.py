@@ -1,5 +1,7 @@
 """What frozen blocks keep for backward, counted; and who decides."""
 
+import importlib
+
 import pytest
 import tiny
 import torch
@@ -11,6 +13,7 @@ from fastprompt.blocks import memory
 from fastprompt.blocks.memory import Memory, kept_bytes
 from fastprompt.methods import VPT, DeepPrompts
 
+loss = importlib.import_module("fastprompt.ops.linear_cross_entropy")
 NAMES = ["llama", "qwen3", "vit", "dinov2"]
 
 
@@ -124,6 +127,32 @@ def test_auto_takes_the_fastest_that_fits_and_decides_again(monkeypatch):
     one = kept_bytes(chosen.blocks[0], "speed", torch.float32, torch.float32)
     said = f"{3 * 60 * one / 2**20:.1f} MB kept for 60 tokens, 2.00 GB were free"
     assert f"memory  auto: speed ({said})  (model)" in patch.report()
+
+
+def test_auto_leaves_room_for_no_more_logits_than_there_are(monkeypatch):
+    model, _ = pair("llama", "auto", dtype=torch.float32, exact=False)
+    chosen = fastprompt.patch_of(model).memories["model"]
+    given = dict(tiny.inputs("llama", batch=2, length=9), use_cache=False)
+    labelled = dict(given, labels=given["input_ids"])
+    # three rows of logits at once (of 64 words, 16 bytes each) in place of 18
+    least = needs(model, "speed", 18) - 16 * 64 * (18 - 3)
+    monkeypatch.setattr(loss, "CHUNK", 3 * 64)
+    free = {}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free["bytes"])
+
+    def forward(model, given, bytes):
+        chosen.chosen, free["bytes"] = None, bytes / 0.8
+        model(**given)
+        return chosen.chosen
+
+    model.train()
+    assert forward(model, labelled, least + 1) == "speed"
+    assert forward(model, labelled, least - 1) == "balanced"
+    model(**given)  # as many tokens, but with logits
+    assert chosen.rows == 18 and chosen.chosen == "balanced"
+    assert forward(model, given, least + 1) == "balanced"
+    assert forward(model, given, needs(model, "speed", 18) + 1) == "speed"
+    assert forward(model.eval(), labelled, least + 1) == "balanced"  # evaluation has logits
 
 
 def test_on_a_gpu_the_last_resort_is_the_host(monkeypatch):

@@ -1,6 +1,11 @@
 """The pieces of frozen blocks by themselves: elementwise backward formulas, products."""
 
+from functools import partial
+from importlib import import_module
+
+import frozen
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -8,6 +13,10 @@ from fastprompt import linear4bit
 from fastprompt.blocks import elementwise, products
 from fastprompt.blocks.parts import LAYER, RMS, RMS_PLUS_ONE, Norm
 from fastprompt.blocks.products import project, project_backward
+from fastprompt.ops.rope import backward as rope_backward
+from fastprompt.ops.rope import forward as rope
+
+nf4_linear = import_module("fastprompt.ops.nf4_linear")  # the package has the op by that name
 
 
 def normal(*shape):
@@ -99,9 +108,13 @@ def test_rotation(turned):
         half = torch.cat([-second, first], -1)
         return torch.cat([own * cos[:, :, None] + half * sin[:, :, None], rest], -1)
 
-    torch.testing.assert_close(elementwise.rotate(x, cos, sin), definition(x))
-    (want,) = by_autograd(definition, [x], dy)
-    torch.testing.assert_close(elementwise.rotate_backward(dy, cos, sin), want)
+    for turn, given, want in (
+        (rope, x, definition(x)),
+        (rope_backward, dy, by_autograd(definition, [x], dy)[0]),
+    ):
+        heads_first = given.clone().transpose(1, 2)
+        got = turn(heads_first, heads_first[:, :1].clone(), cos, sin, out=None)
+        torch.testing.assert_close(got[0].transpose(1, 2), want)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -152,3 +165,76 @@ def test_what_a_4bit_product_is_computed_in(autocast, monkeypatch):
     (y,), dx = project(x, [part], autocast), project_backward([dy], [part], autocast)
     assert y.dtype == dx.dtype == torch.bfloat16
     assert seen == [torch.bfloat16 if autocast else torch.float32] * 2
+
+
+@pytest.fixture(params=["plain", "triton"])
+def side_by_side(request, monkeypatch):
+    """As on CUDA: 4-bit weights that share x are multiplied as one; decoded as here, or there."""
+    monkeypatch.setattr(products, "side_by_side", lambda x: True)
+    if request.param == "triton":
+        by_triton = partial(nf4_linear.decode_into, backend="triton")
+        monkeypatch.setattr(nf4_linear, "decode", lambda w, out: by_triton(w, out))
+
+
+def four_bit(*widths, bias, compute=torch.float32):
+    Linear4bit = pytest.importorskip("bitsandbytes.nn").Linear4bit
+    made = []
+    for i, n in enumerate(widths):
+        part = Linear4bit(64, n, bias in (True, i), compute_dtype=compute, quant_type="nf4")
+        made.append(part.to("cpu").requires_grad_(False))
+        linear4bit.adopt(made[-1])
+    return made
+
+
+@pytest.mark.parametrize("bias", [True, False, 1])
+def test_4bit_weights_multiplied_as_one(bias, side_by_side, monkeypatch):
+    torch.manual_seed(0)
+    parts = four_bit(48, 16, 32, bias=bias)
+    x, wide = torch.randn(2, 3, 64), torch.randn(2, 3, 96)
+    grads = wide.split([48, 16, 32], dim=-1)
+    ys, dx = project(x, parts, False), project_backward(grads, parts, False)
+    apart = project_backward([g.clone() for g in grads], parts, False)
+    assert ys[0].untyped_storage().data_ptr() == ys[2].untyped_storage().data_ptr()
+    # products of another width are summed in another order
+    monkeypatch.setattr(products, "side_by_side", lambda x: False)
+    torch.testing.assert_close(ys, project(x, parts, False))
+    torch.testing.assert_close(dx, project_backward(grads, parts, False))
+    assert torch.equal(dx, apart)
+
+
+@pytest.mark.parametrize("policy", ["speed", "balanced"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "dinov2"])
+def test_blocks_of_weights_multiplied_as_one(name, policy, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    ours, theirs = frozen.pair(name, policy, "nf4")
+    given = tiny.inputs(name, torch.float64)
+    want = frozen.run(name, theirs, given)
+    monkeypatch.setattr(products, "side_by_side", lambda x: True)
+    got = frozen.run(name, ours, given)
+    assert frozen.is_fused(ours)
+    assert all(frozen.relative(a, b) < 1e-10 for a, b in zip(got, want, strict=True))
+
+
+def test_weights_of_other_dtypes_are_multiplied_apart(side_by_side):
+    parts = four_bit(48, bias=True) + four_bit(16, bias=True, compute=torch.bfloat16)
+    x = torch.randn(2, 3, 64)
+    for y, part in zip(project(x, parts, False), parts, strict=True):
+        assert torch.equal(y, part(x))
+    dense = [nn.Linear(64, 8).requires_grad_(False), parts[0]]
+    assert torch.equal(project(x, dense, False)[0], dense[0](x))
+
+
+def test_gradients_that_lie_side_by_side_are_not_copied():
+    wide = torch.randn(4, 3, 12)
+    both = wide.split([8, 4], dim=-1)
+    assert products.joined(both).data_ptr() == wide.data_ptr()
+    assert torch.equal(products.joined(both), wide)
+    for others in (
+        both[::-1],
+        [t.clone() for t in both],
+        wide.split(6, -1)[:1] * 2,
+        wide.unbind(1)[:2],  # in one storage, of one stride, but not along the last axis
+        wide.view(4, 36)[:, :24].unflatten(1, (2, 12)).unbind(1),
+        torch.arange(8.0).view(2, 4).unbind(0),
+    ):
+        assert torch.equal(products.joined(others), torch.cat(list(others), -1))

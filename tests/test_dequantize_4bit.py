@@ -11,7 +11,7 @@ from bitsandbytes.nn import Params4bit
 from fastprompt import native
 from fastprompt.ops import dequantize_4bit, nf4_linear
 from fastprompt.ops.dequantize_4bit import forward
-from fastprompt.ops.nf4_linear import unpack
+from fastprompt.ops.packed import unpack
 
 BACKENDS = ["plain", "without csrc", "reference", "triton"]
 FORMATS = [(kind, nested) for kind in ("nf4", "fp4") for nested in (False, True)]
@@ -174,7 +174,7 @@ def test_refusals(device):
         (changed(code=state.code[:8]), {}, "want code contiguous, 16 values; got 8"),
         (changed(code=state.code.half()), {}, "want code in torch.float32, got torch.float16"),
         (changed(absmax=state.absmax.to("meta")), {}, "want absmax on .*, got meta"),
-        (changed(blocksize=48), dict(backend="triton"), "a power of two, 32 to 4096; got 48"),
+        (changed(blocksize=96), dict(backend="triton"), "a power of two, 32 to 4096; got 96"),
         (changed(blocksize=8192), dict(backend="triton"), "32 to 4096; got 8192"),
         (changed(blocksize=0), {}, "want a blocksize of at least 1, got 0 and"),
         (weight, dict(dtype=torch.int8), "dtype: want one of"),

@@ -4,6 +4,7 @@ import copy
 import importlib
 import sys
 import threading
+from types import SimpleNamespace
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -13,7 +14,9 @@ from bitsandbytes.nn import Params4bit
 from compare import assert_as_accurate
 
 from fastprompt import native
-from fastprompt.ops.nf4_linear import nf4_linear, unpack
+from fastprompt.ops import scratch
+from fastprompt.ops.nf4_linear import nf4_linear
+from fastprompt.ops.packed import Packed, unpack
 
 ops = importlib.import_module("fastprompt.ops.nf4_linear")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,6 +40,12 @@ def quantise(rows, columns, kind="nf4", nested=True, dtype=torch.float32, blocks
     )
 
 
+def dense_of(weight, dtype=torch.float32):
+    w = weight if isinstance(weight, Packed) else unpack(weight)
+    with ops.decoded(w, dtype=dtype) as dense:
+        return dense.clone()
+
+
 def both(f, x, dy):
     y = f(x)
     return y, torch.autograd.grad(y, x, dy)[0]
@@ -52,7 +61,7 @@ def test_decoding_is_bitsandbytes(path, kind, nested, dtype, blocksize):
     # a multiple of the blocksize: with others bitsandbytes' own CPU kernel is wrong
     packed, state = quantise(96, 512, kind, nested, dtype, blocksize)
     want = bnb.dequantize_4bit(packed, state)
-    assert torch.equal(ops._decode(unpack((packed, state)), dtype), want)
+    assert torch.equal(dense_of((packed, state), dtype), want)
 
 
 @pytest.mark.parametrize("kind, nested", FORMATS)
@@ -66,14 +75,14 @@ def test_odd_sizes(path, kind, nested, rows, columns):
     nibbles = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()
     values = state.code[nibbles] * absmax.repeat_interleave(64)[: len(nibbles), None].flatten()
     want = values[: rows * columns].view(rows, columns)
-    assert torch.equal(ops._decode(w, torch.float32), want)
+    assert torch.equal(dense_of(w), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(192,), (5, 192), (2, 3, 192), (0, 192)])
 def test_product_and_gradient(path, dtype, shape):
     weight, bias = quantise(96, 192), torch.randn(96).to(dtype)
-    dense = ops._decode(unpack(weight), torch.float32).clone()
+    dense = dense_of(weight)
     x = torch.randn(shape).to(dtype).requires_grad_()
     dy = torch.randn(*shape[:-1], 96).to(dtype)
     assert_as_accurate(
@@ -90,7 +99,7 @@ def test_product_and_gradient(path, dtype, shape):
 def test_a_single_token(path, dtype, shape, biased):
     """Generation: never worse than decoding to the dtype and multiplying there."""
     weight, bias = quantise(96, 192), torch.randn(96).to(dtype) if biased else None
-    dense, x = ops._decode(unpack(weight), torch.float32).clone(), torch.randn(shape).to(dtype)
+    dense, x = dense_of(weight), torch.randn(shape).to(dtype)
     want = F.linear(x.double(), dense.double(), bias.double() if biased else None)
     eager, got = F.linear(x, dense.to(dtype), bias), nf4_linear(x, weight, bias)
     assert got.dtype == dtype and got.shape == want.shape
@@ -102,9 +111,10 @@ def test_strided_inputs():
     weight = quantise(96, 192)
     wide, dy = torch.randn(4, 3, 400), torch.randn(96).expand(3, 4, 96)
     x = wide[:, :, 100:292].transpose(0, 1).requires_grad_()
-    got = both(lambda x: nf4_linear(x, weight), x, dy)
-    want = both(lambda x: nf4_linear(x.contiguous(), weight), x, dy)
-    torch.testing.assert_close(got, want)
+    dense = dense_of(weight)
+    assert_as_accurate(
+        lambda x: nf4_linear(x, weight), lambda x: F.linear(x, dense.to(x.dtype)), [x], dy
+    )
 
 
 def test_gradient_in_float64(path):
@@ -117,21 +127,53 @@ def test_weights_share_one_buffer_and_nothing_is_kept():
     first, second = quantise(96, 192), quantise(192, 96, "fp4")
     x = torch.randn(4, 192, requires_grad=True)
     kept = []
+    scratch.free_scratch()
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
         middle = nf4_linear(x, first)
         before = middle.detach().clone()
         out = nf4_linear(middle, second)
     assert kept == [] and torch.equal(middle, before)
-    dense = [ops._decode(unpack(w), torch.float32).clone() for w in (first, second)]
+    dense = [dense_of(w) for w in (first, second)]
     dx = torch.autograd.grad(out.sum(), x)[0]
     torch.testing.assert_close(dx, torch.ones(4, 192) @ dense[1] @ dense[0])
-    ops.free_scratch()
-    assert vars(ops._scratch) == {}
+    # one piece of memory, as large as the largest of the two
+    (shared,) = vars(scratch._of_thread).values()
+    before = shared.buffer.data_ptr()
+    nf4_linear(middle, second), nf4_linear(x, first)
+    assert shared.buffer.data_ptr() == before and shared.buffer.nbytes == 4 * 192 * 96
+    scratch.free_scratch()
+    assert vars(scratch._of_thread) == {}
 
 
-def test_buffers_made_in_inference_mode_serve_training():
+def test_scratch_on_a_gpu(monkeypatch):
+    """A piece for each stream, one user at a time; under graph capture the graph's own memory."""
+    monkeypatch.setattr(torch, "empty", lambda *n, dtype, device: torch.zeros(*n, dtype=dtype))
+    stream, capturing = SimpleNamespace(cuda_stream=1), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    device = torch.device("cuda", 0)
+    scratch.free_scratch()
+
+    def address(n=8):
+        with scratch.scratch(n, torch.float32, device) as piece:
+            shared = scratch._of_stream.get((device, stream.cuda_stream))
+            assert piece.shape == (n,) and (capturing or shared.lock.locked())
+            return piece.data_ptr()
+
+    first = address()
+    assert address() == address(4) == first
+    stream.cuda_stream = 2
+    assert address() != first
+    capturing.append(1)
+    stream.cuda_stream = 1
+    assert address() != first
+    scratch.free_scratch()
+    assert not scratch._of_stream
+
+
+def test_buffers_made_in_inference_mode_serve_training(path):
     weight = quantise(96, 192)
-    ops.free_scratch()
+    scratch.free_scratch()
     with torch.inference_mode():
         want = nf4_linear(torch.ones(2, 192), weight)
     x = torch.ones(2, 192, requires_grad=True)
@@ -200,6 +242,8 @@ def test_refusals():
         ((x, changed(shape=torch.Size([96, 193]))), "9216 bytes"),
         ((x, changed(absmax=state.absmax.bfloat16())), "absmax in torch.uint8"),
         ((x, changed(packing_format_for_cpu=True)), "ordinary storage"),
+        ((x, changed(absmax=state.absmax[:5])), "want absmax contiguous, 288 values; got 5"),
+        ((x, changed(code=state.code[:8])), "want code contiguous, 16 values; got 8"),
         ((x, (trains, state)), "weight must be frozen"),
     ]:
         with pytest.raises(ValueError, match=said):

@@ -188,6 +188,34 @@ def test_in_place(backend, dtype, kind, device):
             forward(x, r, w, b, total=x[:2])
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma", "layer"])
+@every_backend
+def test_statistics_made_again(backend, kind, device):
+    forward, backward = raw(kind, backend)
+    x, r, w, b = (t.detach() for t in make((3, 5, 24), torch.float32, device))
+    x += 3  # a mean to be taken off
+    x[0], r[0] = x[0] * 1e-3, r[0] * 1e-3  # where eps counts
+    dy, dh = torch.randn(2, 3, 5, 24, device=device)
+    _, h, kept = forward(x, r, w, b)
+    none = [None] * len(kept)
+    for more in (dict(dh=dh), {}):
+        want = backward(dy, h, w, kept, **more)
+        torch.testing.assert_close(backward(dy, h, w, none, eps=EPS, **more), want)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "layer"])
+@every_backend
+def test_results_in_another_dtype(backend, kind, device):
+    forward, backward = raw(kind, backend)
+    x, r, w, b = (t.detach() for t in make((3, 5, 24), torch.float32, device))
+    dy, dh = torch.randn(2, 3, 5, 24, device=device)
+    y, h, kept = forward(x, r, w, b)
+    out = torch.empty_like(y, dtype=torch.float16)
+    assert forward(x, r, w, b, out=out)[0] is out and torch.equal(out, y.half())
+    assert backward(dy, h, w, kept, dh=dh, out=out) is out
+    assert torch.equal(out, backward(dy, h, w, kept, dh=dh).half())
+
+
 @every_backend
 def test_little_is_kept(backend, device):
     x, r, w, b = (t.detach() for t in make((4, 8, 64), torch.float32, device))

@@ -63,7 +63,7 @@ def obstacle(parts: Parts, found: list[Inside]) -> str | None:
         if (
             own["_forward_hooks"] or own["_forward_pre_hooks"]
             or own["_backward_hooks"] or own["_backward_pre_hooks"]
-        ) and inner and _hooked(module):  # fmt: skip
+        ) and inner and hooked(module):  # fmt: skip
             return f"{part.name} has hooks"
         if "forward" in own and inner and not is_adopted(module):
             return f"{part.name}'s forward was replaced"
@@ -96,7 +96,7 @@ def _drops(module: nn.Module) -> float | None:
     return module.p if isinstance(module, nn.Dropout) else getattr(module, "drop_prob", None)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Whether it has any hook but transformers' own recorders, which stay for good on the modules
     of a model that was asked once for its hidden states."""
     hooks = (hook for kind in _HOOKS for hook in getattr(module, kind).values())

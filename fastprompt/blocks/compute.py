@@ -19,15 +19,17 @@ from torch import Tensor
 from fastprompt.blocks.elementwise import (
     activate,
     activate_backward,
+    add,
+    add_and_normalize,
     normalize,
     normalize_backward,
-    rotate,
-    rotate_backward,
 )
 from fastprompt.blocks.parts import Parts, Vector
 from fastprompt.blocks.products import project, project_backward
 from fastprompt.ops.options import Options
 from fastprompt.ops.prompt_attention import attend, attend_backward
+from fastprompt.ops.rope import backward as rope_backward
+from fastprompt.ops.rope import forward as rope
 
 
 class Side(NamedTuple):
@@ -58,14 +60,20 @@ def projections(parts: Parts, x: Tensor, math: Math) -> list[Tensor]:
 
 
 def turned(parts: Parts, q: Tensor, k: Tensor, side: Side) -> tuple[Tensor, Tensor]:
-    """q and k [B, N, H, d] through the norms of their heads and rotated."""
+    """q and k [B, N, H, d] through the norms of their heads and rotated.
+
+    Where neither has a norm, in the memory of q and k, which nobody then reads as they were.
+    """
     if parts.q_norm is not None:
         q = normalize(q, parts.q_norm, q.dtype)
     if parts.k_norm is not None:
         k = normalize(k, parts.k_norm, k.dtype)
-    if side.cos is not None:
-        q, k = (rotate(t, side.cos, side.sin) for t in (q, k))
-    return q, k
+    if side.cos is None:
+        return q, k
+    heads_first = q.transpose(1, 2), k.transpose(1, 2)
+    ours = (parts.q_norm is None) == (parts.k_norm is None)
+    turned = rope(*heads_first, side.cos, side.sin, out=heads_first if ours else None)
+    return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, side: Side) -> tuple[Tensor, Tensor]:
@@ -75,45 +83,56 @@ def attention(q: Tensor, k: Tensor, v: Tensor, side: Side) -> tuple[Tensor, Tens
     return out.transpose(1, 2), lse
 
 
-def after_attention(parts: Parts, x: Tensor, out: Tensor, math: Math) -> Tensor:
-    """The residual stream [B, N, D] between attention and MLP."""
+def mlp_inputs(
+    parts: Parts, x: Tensor, out: Tensor, math: Math
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(middle [B, N, D], the residual stream between attention and MLP; gate, up [B, N, F])."""
     (branch,) = project(out.flatten(2), (parts.o_proj,), math.autocast)
-    return _joined(x, branch, parts.scale1)
+    m, middle = add_and_normalize(x, _scaled(branch, parts.scale1), parts.norm2, math.dtype)
+    return middle, *_gate_and_up(parts, m, math)
 
 
-def mlp_inputs(parts: Parts, middle: Tensor, math: Math) -> tuple[Tensor, Tensor | None]:
-    """(gate, up) [B, N, F]."""
-    m = normalize(middle, parts.norm2, math.dtype)
+def mlp_inputs_again(parts: Parts, middle: Tensor, math: Math) -> tuple[Tensor, Tensor | None]:
+    """(gate, up [B, N, F]) of a middle that was kept."""
+    return _gate_and_up(parts, normalize(middle, parts.norm2, math.dtype), math)
+
+
+def after_mlp(
+    parts: Parts, middle: Tensor, gate: Tensor, up: Tensor | None, math: Math, kept: bool
+) -> Tensor:
+    """The block's output [B, N, D]. ``kept``: gate and up are read later, so not written to."""
+    a = activate(parts.activation, gate, up, into=None if kept else gate)
+    (branch,) = project(a, (parts.down,), math.autocast)
+    return add(middle, _scaled(branch, parts.scale2))
+
+
+def _gate_and_up(parts: Parts, m: Tensor, math: Math) -> tuple[Tensor, Tensor | None]:
     gate, *up = project(m, parts.first, math.autocast)
     return gate, (up[0] if up else None)
 
 
-def after_mlp(parts: Parts, middle: Tensor, gate: Tensor, up: Tensor | None, math: Math) -> Tensor:
-    """The block's output [B, N, D]."""
-    a = activate(parts.activation, gate, up)
-    (branch,) = project(a, (parts.down,), math.autocast)
-    return _joined(middle, branch, parts.scale2)
-
-
-def _joined(residual: Tensor, branch: Tensor, scale: Vector | None) -> Tensor:
-    if scale is not None:
-        branch = branch * scale.value
-    if torch.promote_types(residual.dtype, branch.dtype) == branch.dtype:
-        return branch.add_(residual)
-    return residual + branch
+def _scaled(branch: Tensor, scale: Vector | None) -> Tensor:
+    return branch if scale is None else branch * scale.value
 
 
 # ---- backward ----
 
 
 def mlp_backward(
-    parts: Parts, dy: Tensor, middle: Tensor, gate: Tensor, up: Tensor | None, math: Math
+    parts: Parts,
+    dy: Tensor,
+    middle: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    math: Math,
+    kept: bool,
 ) -> Tensor:
-    """dmiddle [B, N, D]."""
+    """dmiddle [B, N, D]. ``kept``: gate and up may be read again (a second backward)."""
     da = project_backward((_of_branch(dy, parts.scale2, math),), (parts.down,), math.autocast)
-    grads = activate_backward(parts.activation, da, gate, up)
+    into = None if kept else (gate, up)
+    grads = activate_backward(parts.activation, da, gate, up, into=into)
     dm = project_backward(grads, parts.first, math.autocast)
-    return normalize_backward(dm, middle, parts.norm2, residual=dy)
+    return normalize_backward(dm, middle, parts.norm2, residual=dy, into=dm)
 
 
 def attention_backward(
@@ -156,16 +175,17 @@ def projections_backward(
     """dx [B, N, D]; q and k, as `projections` gave them, are read where their heads have norms."""
     dq, dk, dv = grads
     if side.cos is not None:
-        dq, dk = (rotate_backward(g, side.cos, side.sin) for g in (dq, dk))
+        heads_first = dq.transpose(1, 2), dk.transpose(1, 2)  # attention's own, so written over
+        rope_backward(*heads_first, side.cos, side.sin, out=heads_first)
     if parts.q_norm is not None:
         dq = normalize_backward(dq, q, parts.q_norm, None)
     if parts.k_norm is not None:
         dk = normalize_backward(dk, k, parts.k_norm, None)
     flat = [g.flatten(2) for g in (dq, dk, dv)]
     dn = project_backward(flat, parts.qkv, math.autocast)
-    return normalize_backward(dn, x, parts.norm1, residual=dmiddle)
+    return normalize_backward(dn, x, parts.norm1, residual=dmiddle, into=dn)
 
 
 def _of_branch(dy: Tensor, scale: Vector | None, math: Math) -> Tensor:
-    """The gradient of what `_joined` added to the residual, before its scale."""
+    """The gradient of what was added to the residual, before its scale."""
     return (dy if scale is None else dy * scale.value).to(math.dtype)

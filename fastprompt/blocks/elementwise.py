@@ -1,9 +1,8 @@
-"""What a block does between its products, and the gradients, for frozen weights: in plain torch.
+"""What a block does between its products, and the gradients: ops of frozen weights, by its parts.
 
-Here, and nowhere else in `blocks`, fused kernels are plugged in: a function below becomes a call of
-the op of the same meaning, and nothing around it changes. Each norm is computed in float32 (or
-float64) and rounded once. Backward gives dx alone; ``residual`` is the gradient that comes past
-the norm on the other way, added before the one rounding.
+Each norm is computed in float32 (or float64) and rounded once. Backward gives dx alone, and makes
+a row's statistics again rather than have them kept. ``into`` names memory that nobody reads any
+more, which a result may then take; nothing else is ever written to.
 """
 
 import torch
@@ -11,108 +10,133 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.blocks.parts import LAYER, RMS_PLUS_ONE, Norm
+from fastprompt.ops.gelu import backward as gelu_backward
+from fastprompt.ops.gelu import forward as gelu
+from fastprompt.ops.layer_norm import backward as layer_norm_backward
+from fastprompt.ops.layer_norm import forward as layer_norm
+from fastprompt.ops.rms_norm import backward as rms_norm_backward
+from fastprompt.ops.rms_norm import forward as rms_norm
+from fastprompt.ops.swiglu import ACTIVATIONS as GATED
+from fastprompt.ops.swiglu import backward as swiglu_backward
+from fastprompt.ops.swiglu import forward as swiglu
+
+_GELU = {"gelu": "none", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 
 # ---- norms ----
 
 
-def _unit(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """(x̂, 1/s) in float32 or wider: x̂ = x/s with s² = mean x² + eps, centred first for LAYER."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if norm.kind == LAYER:
-        x = x - x.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
-    return x * inverse, inverse
-
-
-def _weight(norm: Norm, dtype: torch.dtype) -> Tensor:
-    weight = norm.weight.to(dtype)
-    return weight + 1 if norm.kind == RMS_PLUS_ONE else weight
-
-
 def normalize(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
     """[..., D] -> [..., D] in ``dtype``: x̂ · w, or x̂ · (1 + w) (Gemma's), or x̂ · w + b (LAYER)."""
-    y, _ = _unit(x, norm)
-    y = y * _weight(norm, y.dtype)
-    if norm.kind == LAYER and norm.module.bias is not None:
-        y += norm.module.bias
-    return y.to(dtype)
+    return _forward(x, norm, dtype, None, None)[0]
 
 
-def normalize_backward(dy: Tensor, x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
+def add_and_normalize(
+    x: Tensor, branch: Tensor, norm: Norm, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(the norm of h in ``dtype``, h = x + branch in the wider of their dtypes), [..., D].
+
+    ``branch`` is not wanted any more: h may take its memory.
+    """
+    if x.dtype == branch.dtype and branch.is_contiguous():
+        return _forward(branch, norm, dtype, _rows(x), branch)
+    h = add(x, branch)
+    return normalize(h, norm, dtype), h
+
+
+def add(x: Tensor, branch: Tensor) -> Tensor:
+    """x + branch, over ``branch`` if it is of the wider dtype."""
+    if torch.promote_types(x.dtype, branch.dtype) == branch.dtype:
+        return branch.add_(x)
+    return x + branch
+
+
+def _forward(
+    x: Tensor, norm: Norm, dtype: torch.dtype, residual: Tensor | None, total: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x = _rows(x)
+    wide = torch.promote_types(x.dtype, dtype)
+    if residual is None:
+        x = x.to(wide)
+    out = None if dtype == x.dtype else x.new_empty(x.shape, dtype=dtype)
+    options = dict(residual=residual, total=total, out=out)
+    if norm.kind == LAYER:
+        return layer_norm(x, norm.weight, norm.module.bias, norm.eps, **options)[:2]
+    offset = float(norm.kind == RMS_PLUS_ONE)
+    options |= dict(offset=offset, cast_first=False)  # as exact as either of transformers' ways
+    return rms_norm(x, norm.weight, norm.eps, **options)[:2]
+
+
+def normalize_backward(
+    dy: Tensor, x: Tensor, norm: Norm, residual: Tensor | None, *, into: Tensor | None = None
+) -> Tensor:
     """dx [..., D], plus ``residual``, in the residual's dtype (without one in that of x).
 
-    g = dy · w;    dx = (g - mean(g)· - x̂ mean(g x̂)) / s        mean(g)· for LAYER alone
+    ``residual`` is the gradient that comes past the norm on the other way.
     """
-    unit, inverse = _unit(x, norm)
-    g = dy * _weight(norm, unit.dtype)
-    dx = g - unit * (g * unit).mean(-1, keepdim=True)
+    dtype = x.dtype if residual is None else residual.dtype
+    dy, x, dh = _rows(dy), _rows(x), None if residual is None else _rows(residual)
     if norm.kind == LAYER:
-        dx -= g.mean(-1, keepdim=True)
-    dx *= inverse
-    return dx.to(x.dtype) if residual is None else dx.add_(residual).to(residual.dtype)
+        into = _worth(into)
+    if into is not None and (into.dtype != dtype or not into.is_contiguous()):
+        into = None
+    out = x.new_empty(x.shape, dtype=dtype) if into is None and dtype != x.dtype else into
+    if norm.kind == LAYER:
+        return layer_norm_backward(dy, x, norm.weight, None, None, eps=norm.eps, dh=dh, out=out)
+    options = dict(offset=float(norm.kind == RMS_PLUS_ONE), eps=norm.eps, dh=dh, out=out)
+    return rms_norm_backward(dy, x, norm.weight, None, **options)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With a contiguous last axis, as kernels trust. The gradient of a sum has none, nor have the
+    embeddings of SigLIP's patches."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # ---- activations ----
 
 
-def activate(name: str, gate: Tensor, up: Tensor | None) -> Tensor:
+def activate(name: str, gate: Tensor, up: Tensor | None, *, into: Tensor | None = None) -> Tensor:
     """[..., F]: act(gate) · up, or act(gate)."""
-    y = _act(name, gate)
-    return y if up is None else y.mul_(up)
-
-
-def activate_backward(name: str, da: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, ...]:
-    """(dgate, dup), or (dgate,): dgate = da · up · act'(gate), dup = da · act(gate)."""
     if up is None:
-        return (_act_backward(name, da, gate),)
-    return _act_backward(name, da * up, gate), _act(name, gate).mul_(da)
+        return _act(name, gate, into)
+    if name in GATED:
+        return swiglu(gate, up, activation=name, out=into)
+    return _act(name, gate, into).mul_(up)
 
 
-def _act(name: str, x: Tensor) -> Tensor:
+def activate_backward(
+    name: str,
+    da: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    *,
+    into: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, ...]:
+    """(dgate, dup), or (dgate,): dgate = da · up · act'(gate), dup = da · act(gate).
+
+    ``into`` may be (gate, up).
+    """
+    da = _rows(da)
+    if up is None:
+        return (_act_backward(name, da, gate, into and into[0]),)
+    if name in GATED:
+        return swiglu_backward(da, gate, up, activation=name, into=into)
+    dup = _act(name, gate, None).mul_(da)
+    return _act_backward(name, da * up, gate, into and into[0]), dup
+
+
+def _act(name: str, x: Tensor, into: Tensor | None) -> Tensor:
     if name == "silu":
         return F.silu(x)
-    if name == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    return F.gelu(x, approximate=_approximation(name))
+    return gelu(x, _GELU[name], out=_worth(into))
 
 
-def _act_backward(name: str, dy: Tensor, x: Tensor) -> Tensor:
+def _act_backward(name: str, dy: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
     if name == "silu":
         return torch.ops.aten.silu_backward(dy, x)
-    if name == "quick_gelu":
-        s = torch.sigmoid(1.702 * x)
-        return dy * s * (1 + 1.702 * x * (1 - s))
-    return torch.ops.aten.gelu_backward(dy, x, approximate=_approximation(name))
+    return gelu_backward(dy, x, _GELU[name], out=_worth(into))
 
 
-def _approximation(name: str) -> str:
-    return {"gelu": "none", "gelu_tanh": "tanh"}[name]
-
-
-# ---- rotation ----
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[B, N, H, d] by cos, sin [B or 1, N, r], half-split; channels past r stay as they are.
-
-    y1 = x1 cos1 - x2 sin1,    y2 = x2 cos2 + x1 sin2        rounded to x's dtype, whatever cos's
-    """
-    (c1, c2), (s1, s2) = _halves(cos), _halves(sin)
-    x1, x2, rest = _split(x, cos.shape[-1])
-    return torch.cat([x1 * c1 - x2 * s1, x2 * c2 + x1 * s2, *rest], dim=-1).to(x.dtype)
-
-
-def rotate_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """dx [B, N, H, d]:  dx1 = dy1 cos1 + dy2 sin2,    dx2 = dy2 cos2 - dy1 sin1."""
-    (c1, c2), (s1, s2) = _halves(cos), _halves(sin)
-    d1, d2, rest = _split(dy, cos.shape[-1])
-    return torch.cat([d1 * c1 + d2 * s2, d2 * c2 - d1 * s1, *rest], dim=-1).to(dy.dtype)
-
-
-def _halves(x: Tensor) -> tuple[Tensor, ...]:
-    return x[:, :, None].chunk(2, dim=-1)
-
-
-def _split(x: Tensor, turned: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    x1, x2 = x[..., :turned].chunk(2, dim=-1)
-    return x1, x2, [x[..., turned:]] * (turned < x.shape[-1])
+def _worth(into: Tensor | None) -> Tensor | None:
+    """On the CPU torch gives memory of its own, from which it would have to be copied."""
+    return None if into is not None and into.is_cpu else into

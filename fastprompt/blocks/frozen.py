@@ -13,11 +13,13 @@ own node and never by the checkpoint as well:
   Reentrant, a call with gradients is the recomputation already, and keeps all ("speed").
 """
 
+from __future__ import annotations
+
 import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,9 @@ from fastprompt.blocks.node import frozen_block
 from fastprompt.blocks.parts import Parts
 from fastprompt.families import TEXT, Tower
 from fastprompt.ops.options import Options
+
+if TYPE_CHECKING:
+    from fastprompt.loss import FusedLoss
 
 _CHECKPOINTS_CALLS = "__call__" in vars(GradientCheckpointingLayer)
 
@@ -69,7 +74,7 @@ class Frozen:
         return why
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "Frozen | None":
+    def of(cls, layer: nn.Module) -> Frozen | None:
         """What `put_on` put there, also where accelerate has hooked the layer since."""
         found = (vars(layer).get(slot) for slot in ("forward", "_old_forward"))
         return next((each for each in found if isinstance(each, cls)), None)
@@ -180,14 +185,18 @@ class FrozenTowers(NamedTuple):
     unfused: dict[str, str]  # block name -> why it never runs as one node
 
 
-def freeze(model: nn.Module, towers: list[Tower], memory: str) -> FrozenTowers:
+def freeze(
+    model: nn.Module, towers: list[Tower], memory: str, loss: FusedLoss | None = None
+) -> FrozenTowers:
     """Let each block of the towers, whose attention modules have their `SideKeys`, run as one
-    node, where it can. ``memory``: of `memory.CHOICES`."""
+    node, where it can. ``memory``: of `memory.CHOICES`; ``loss``: the model's, if it is fused."""
     done = FrozenTowers([], {}, {})
     for i, tower in enumerate(towers):
         # towers run one after another: each leaves as much to those after it as it takes
         share = 0.8 / (len(towers) - i)
-        own = done.memories[tower.name] = Memory(memory, share=share, behind=_logits(model, tower))
+        behind = _logits(model, tower)
+        own = Memory(memory, share=share, behind=behind, loss=loss if behind else None)
+        done.memories[tower.name] = own
         for block in tower.blocks:
             why = block.undescribed
             if block.parts is not None:

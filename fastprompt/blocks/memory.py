@@ -1,11 +1,17 @@
 """How much of each block is kept for backward, and who decides."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastprompt.blocks.parts import Parts
+
+if TYPE_CHECKING:
+    from fastprompt.loss import FusedLoss
 
 POLICIES = ("speed", "balanced", "low", "offload")  # the fastest first
 CHOICES = ("auto", *POLICIES, "off")
@@ -62,24 +68,27 @@ def on_host(x: Tensor) -> Tensor:
 class Memory:
     """The policy of one tower's blocks.
 
-    "auto" takes, at the first training forward and again when the tokens grow, the fastest policy
-    whose bytes fit into a share of what is free then: what the blocks keep, twice what one block
-    keeps at most (for the block that is being computed), and what the model makes behind them.
+    "auto" takes, at the first training forward and again when the tokens or the logits grow, the
+    fastest policy whose bytes fit into a share of what is free then: what the blocks keep, twice
+    what one block keeps at most (for the block that is being computed), and the logits behind them.
 
     Attributes:
         asked: of `CHOICES`.
         blocks: the blocks that may run as one node.
         share: of the free memory, the most that this tower's blocks may take.
-        behind: bytes for each token that are made behind the blocks (logits and their gradients).
-        chosen, tokens, why: the last choice, for how many tokens, in words.
+        behind: bytes of one row of logits and of their gradients, behind the blocks.
+        loss: what computes the model's loss without whole logits, if something does.
+        chosen, tokens, rows, why: the last choice, for how many tokens, rows of logits, in words.
     """
 
     asked: str
     blocks: list[Parts] = field(default_factory=list)
     share: float = 0.8
     behind: int = 0
+    loss: FusedLoss | None = None
     chosen: str | None = None
     tokens: int = 0
+    rows: int = 0
     why: str = ""
 
     def policy(self, x: Tensor, dtype: torch.dtype) -> str:
@@ -89,13 +98,14 @@ class Memory:
         if torch.compiler.is_compiling():  # free memory is not to be asked there
             return self.chosen or "speed"
         tokens = x.shape[0] * x.shape[1]
-        if self.chosen is None or tokens > self.tokens:
-            self._choose(x, dtype, tokens)
+        rows = tokens if self.loss is None else self.loss.rows_at_once(tokens)
+        if self.chosen is None or tokens > self.tokens or rows > self.rows:
+            self._choose(x, dtype, tokens, rows)
         return self.chosen
 
-    def _choose(self, x: Tensor, dtype: torch.dtype, tokens: int) -> None:
+    def _choose(self, x: Tensor, dtype: torch.dtype, tokens: int, rows: int) -> None:
         free = free_bytes(x.device)
-        self.tokens = tokens
+        self.tokens, self.rows = tokens, rows
         if free is None:
             self.chosen, self.why = "speed", "free memory is not known here"
             return
@@ -104,7 +114,8 @@ class Memory:
         last = "offload" if x.device.type == "cuda" else "low"
         for policy in POLICIES[: POLICIES.index(last) + 1]:
             each = sum(kept_bytes(p, policy, x.dtype, dtype) for p in self.blocks)
-            if policy == last or tokens * (each + 2 * one + self.behind) <= self.share * free:
+            needed = tokens * (each + 2 * one) + rows * self.behind
+            if policy == last or needed <= self.share * free:
                 break
         self.chosen = policy
         self.why = f"{_size(tokens * each)} kept for {tokens:,} tokens, {_size(free)} were free"

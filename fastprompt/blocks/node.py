@@ -43,9 +43,8 @@ class _FrozenBlock(torch.autograd.Function):
             q, k, v = raw = compute.projections(parts, x, math)
             q, k = compute.turned(parts, q, k, side)
             out, lse = compute.attention(q, k, v, side)
-            middle = compute.after_attention(parts, x, out, math)
-            gate, up = compute.mlp_inputs(parts, middle, math)
-            y = compute.after_mlp(parts, middle, gate, up, math)
+            middle, gate, up = compute.mlp_inputs(parts, x, out, math)
+            y = compute.after_mlp(parts, middle, gate, up, math, kept=plan.policy == "speed")
 
         ctx.plan, ctx.device = plan, x.device
         keeps_x = ctx.needs_input_grad[0] or plan.policy in ("low", "offload")
@@ -78,12 +77,13 @@ class _FrozenBlock(torch.autograd.Function):
                 q, k = compute.turned(parts, raw_q, raw_k, side)
             if not kept:
                 out, lse = compute.attention(q, k, v, side)
-                middle = compute.after_attention(parts, x, out, math)
+                middle, gate, up = compute.mlp_inputs(parts, x, out, math)
             else:
-                out, lse, middle = kept[3:6]
-            gate, up = kept[6:] if len(kept) > 6 else compute.mlp_inputs(parts, middle, math)
+                out, lse, middle, *both = kept[3:]
+                gate, up = both or compute.mlp_inputs_again(parts, middle, math)
 
-            dmiddle = compute.mlp_backward(parts, dy, middle, gate, up, math)
+            speed = len(kept) > 6
+            dmiddle = compute.mlp_backward(parts, dy, middle, gate, up, math, kept=speed)
             del gate, up
             *grads, dprompt_k, dprompt_v = compute.attention_backward(
                 parts, dmiddle, q, k, v, out, lse, side, math, to_x, prompts

@@ -4,6 +4,7 @@ from fastprompt.ops.cosine_logits import cosine_logits
 from fastprompt.ops.dequantize_4bit import dequantize_4bit
 from fastprompt.ops.gelu import gelu
 from fastprompt.ops.layer_norm import layer_norm
+from fastprompt.ops.linear_cross_entropy import linear_cross_entropy
 from fastprompt.ops.nf4_linear import nf4_linear
 from fastprompt.ops.prompt_attention import prompt_attention
 from fastprompt.ops.rms_norm import rms_norm
@@ -16,6 +17,7 @@ __all__ = [
     "dequantize_4bit",
     "gelu",
     "layer_norm",
+    "linear_cross_entropy",
     "nf4_linear",
     "prompt_attention",
     "rms_norm",

@@ -12,6 +12,8 @@ MOST_CHANNELS = 16384  # of a row that a norm's program holds: 16 a thread of 10
 
 def by_triton(x: Tensor, backend: str) -> bool:
     """Whether Triton runs on ``x``; else torch's own operations do (float64, empty tensors)."""
+    if backend == "auto" and torch.compiler.is_compiling():
+        return False  # a forward that is traced through: the compiler fuses torch's operations
     if backend not in ("auto", "triton") or x.dtype == torch.float64 or x.numel() == 0:
         return False
     return backend == "triton" or x.device.type == "cuda"
@@ -62,11 +64,14 @@ def check_frozen(name: str, x: Tensor, shape: tuple[int, ...], device) -> None:
         raise ValueError(f"{name}: want it on {device}, got {x.device}")
 
 
-def check_out(name: str, out: Tensor, like: Tensor) -> None:
-    """Memory to be written: as ``like``, with nothing between its rows."""
+def check_out(name: str, out: Tensor, like: Tensor, dtypes: tuple = ()) -> None:
+    """Memory to be written: as ``like``, with nothing between its rows; in its dtype, or one of
+    ``dtypes``."""
     check_shape(name, out, like.shape)
-    if out.dtype != like.dtype or out.device != like.device or not out.is_contiguous():
+    dtypes = dtypes or (like.dtype,)
+    if out.dtype not in dtypes or out.device != like.device or not out.is_contiguous():
+        want = " or ".join(map(str, dtypes))
         raise ValueError(
-            f"{name}: want contiguous {like.dtype} on {like.device}, "
+            f"{name}: want contiguous {want} on {like.device}, "
             f"got {out.dtype} on {out.device} with strides {out.stride()}"
         )

@@ -17,13 +17,13 @@ from torch import Tensor
 from fastprompt import native
 from fastprompt.ops import reference
 from fastprompt.ops.checks import FLOATS, by_triton, check_backend
-from fastprompt.ops.nf4_linear import Packed, decode_by_torch, unpack
+from fastprompt.ops.packed import Packed, decode_by_torch, in_triton, unpack
 
 # ---- without checks: what a frozen block calls ----
 
 
 def forward(w: Packed, out: Tensor, *, backend: str = "auto") -> Tensor:
-    """Decodes ``w``, which `nf4_linear.unpack` opened, into contiguous ``out`` [rows, columns]."""
+    """Decodes ``w``, which `packed.unpack` opened, into contiguous ``out`` [rows, columns]."""
     nested = w.nested
     if out.dtype == torch.float64:
         single = torch.empty(out.shape, dtype=torch.float32, device=out.device)
@@ -120,7 +120,10 @@ def dequantize_4bit(
         dtype = out.dtype if out is not None else _dense_dtype(weight)
     if dtype not in FLOATS:
         raise ValueError(f"dtype: want one of {[*FLOATS]}, got {dtype}")
-    _check_scales(w, by_triton(w.packed, backend))
+    if by_triton(w.packed, backend) and not in_triton(w):
+        raise ValueError(
+            f"weight: want a blocksize of a power of two, 32 to 4096; got {w.blocksize}"
+        )
     if out is None:
         return torch.ops.fastprompt.dequantize_4bit(*w, dtype, backend)
     if out.shape != size or out.dtype != dtype or out.device != w.packed.device:
@@ -136,28 +139,3 @@ def dequantize_4bit(
 def _dense_dtype(weight: Tensor | tuple[Tensor, Any]) -> torch.dtype:
     state = weight[1] if isinstance(weight, tuple) else weight.quant_state
     return state.dtype
-
-
-def _check_scales(w: Packed, in_triton: bool) -> None:
-    """That a kernel which trusts its sizes reads nothing past an end."""
-    size = w.blocksize
-    if size < 1 or w.blocksize2 < 1:
-        raise ValueError(f"weight: want a blocksize of at least 1, got {size} and {w.blocksize2}")
-    if in_triton and (size & (size - 1) or not 32 <= size <= 4096):
-        raise ValueError(f"weight: want a blocksize of a power of two, 32 to 4096; got {size}")
-    blocks = -(w.rows * w.columns // -size)
-    counts = [("absmax", w.absmax, blocks), ("code", w.code, 16)]
-    if w.code2 is not None:
-        blocks2 = -(blocks // -w.blocksize2)
-        counts += [
-            ("code2", w.code2, 256),
-            ("absmax2", w.absmax2, blocks2),
-            ("offset", w.offset, 1),
-        ]
-    for name, t, count in counts:
-        if t.numel() < count or not t.is_contiguous():
-            raise ValueError(f"weight: want {name} contiguous, {count} values; got {t.numel()}")
-        if name != "absmax" and t.dtype != torch.float32:
-            raise ValueError(f"weight: want {name} in torch.float32, got {t.dtype}")
-        if t.device != w.packed.device:
-            raise ValueError(f"weight: want {name} on {w.packed.device}, got {t.device}")

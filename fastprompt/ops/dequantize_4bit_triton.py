@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastprompt.ops.nf4_linear import Packed
+from fastprompt.ops.packed import Packed
 
 _BYTES = 2048  # a program: 32 values a thread
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastprompt.ops import reference
 from fastprompt.ops.checks import (
+    FLOATS,
     MOST_CHANNELS,
     by_reference,
     by_triton,
@@ -41,11 +42,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, h, mean, rstd); h is ``x`` itself without a residual, mean and rstd [..., 1] float32.
 
-    ``out`` takes y and ``total`` takes h: contiguous, and each may be x or residual (if that is
-    not wanted later, and not both the same). Else as `layer_norm`, whose checks it leaves out.
+    ``out`` takes y, in whatever dtype it has, and ``total`` takes h: contiguous, and each may be x
+    or residual (if that is not wanted later, and not both the same). Else as `layer_norm`, whose
+    checks it leaves out.
     """
     if out is not None:
-        check_out("out", out, x)
+        check_out("out", out, x, FLOATS)
     h = x
     if residual is not None:
         h = x.new_empty(x.shape) if total is None else total
@@ -69,27 +71,31 @@ def backward(
     dy: Tensor,
     h: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     *,
+    eps: float = 0.0,
     dh: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The gradient to x, and as well to the residual: that of the norm, plus ``dh`` if given.
 
-    h, mean and rstd as `forward` gave them; dh is the gradient that h gets elsewhere (the stream
-    that goes past the norm). ``out`` is contiguous and may be dy, dh or h.
+    h, mean and rstd as `forward` gave them, or both None: made again from h, with ``eps``. dh is
+    the gradient that h gets elsewhere (the stream that goes past the norm). ``out`` is contiguous,
+    of whatever dtype, and may be dy, dh or h.
     """
     if out is not None:
-        check_out("out", out, h)
+        check_out("out", out, h, FLOATS)
     if _by_triton(h, backend):
         from fastprompt.ops import norms_triton as triton
 
         dx = h.new_empty(h.shape) if out is None else out
-        triton.backward(dy, h, weight, mean, rstd, dh, 0.0, dx)
+        triton.backward(dy, h, weight, mean, rstd, dh, eps, 0.0, True, dx)
         return dx
     rows, weight, _ = _for_torch(h, weight, None)
+    if rstd is None:
+        _, mean, rstd = torch.native_layer_norm(rows, h.shape[-1:], weight, None, eps)
     inputs = (dy.to(rows.dtype), rows, h.shape[-1:], mean, rstd, weight, None)
     g = torch.ops.aten.native_layer_norm_backward(*inputs, (True, False, False))[0]  # dx alone
     return placed(g if dh is None else g.add_(dh), out, h.dtype)

@@ -41,8 +41,11 @@ def pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | Non
     So that torch's operations, one after the other on a piece, reach memory once and not once
     each. All have ``first``'s shape, but for the last axis.
     """
-    n, most = len(first) if first.ndim > 1 else 1, PIECE * torch.get_num_threads()
-    if first.is_cuda or first.numel() <= most or first.ndim == 1:
+    if first.is_cuda or first.ndim == 1 or torch.compiler.is_compiling():
+        yield first, *others
+        return
+    n, most = len(first), PIECE * torch.get_num_threads()
+    if first.numel() <= most:
         yield first, *others
         return
     step = most // (first.numel() // n)

@@ -60,7 +60,7 @@ def forward_kernel(
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
     y = x * rstd[:, None]
     if CAST_FIRST:
-        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+        y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
     if weight_ptr is not None:
         y *= offset + tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -72,12 +72,15 @@ def forward_kernel(
 def backward_kernel(
     dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dtotal_ptr,
     dx_ptr,
-    rows, n1, n2, offset,
+    rows, n1, n2, eps, offset,
     stride_y0, stride_y1, stride_y2, stride_x0, stride_x1, stride_x2,
     stride_t0, stride_t1, stride_t2,
     D: tl.constexpr, CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd (g - mean(g) - z mean(g z)), g = dy (offset + weight); without mean(g) for rms."""
+    """dx = rstd (g - mean(g) - z mean(g z)), g = dy (offset + weight); without mean(g) for rms.
+
+    Without rstd_ptr the statistics, mean_ptr's too, are made again: the rows are here anyway.
+    """
     row, d, live = _places(rows, D, BLOCK_R, BLOCK_D)
     at = row_starts(row, n1, n2, stride_y0, stride_y1, stride_y2)[:, None] + d
     g = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -85,10 +88,16 @@ def backward_kernel(
         g *= offset + tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     at = row_starts(row, n1, n2, stride_x0, stride_x1, stride_x2)[:, None] + d
     z = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
     if CENTER:
-        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
-        z = tl.where(live, z - mean, 0.0)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+        else:
+            mean = tl.sum(z, 1) / D
+        z = tl.where(live, z - mean[:, None], 0.0)
+    if rstd_ptr is not None:
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
+    else:
+        rstd = 1.0 / tl.sqrt(tl.sum(z * z, 1) / D + eps)[:, None]
     z *= rstd
     dx = g - z * (tl.sum(g * z, 1) / D)[:, None]
     if CENTER:
@@ -135,21 +144,26 @@ def backward(
     x: Tensor,
     weight: Tensor | None,
     mean: Tensor | None,
-    rstd: Tensor,
+    rstd: Tensor | None,
     dtotal: Tensor | None,
+    eps: float,
     offset: float,
+    center: bool,
     dx: Tensor,
 ) -> None:
-    """Writes dx, with dtotal (the gradient that the sum gets elsewhere) added if given."""
+    """Writes dx, with dtotal (the gradient that the sum gets elsewhere) added if given.
+
+    center: of a layer norm. Statistics that are None are made again, with eps.
+    """
     rows = rows_of(dy, x) if dtotal is None else rows_of(dy, x, dtotal)
     grid, blocks = _tile(x.shape[-1], rows)
     with torch.cuda.device_of(x):
         backward_kernel[grid](
             dy, x, weight, mean, rstd, dtotal,
             dx,
-            rows.count, *rows.sizes[1:], offset,
+            rows.count, *rows.sizes[1:], float(eps), offset,
             *rows.strides[0], *rows.strides[1], *rows.strides[-1],
-            CENTER=mean is not None, **blocks,
+            CENTER=center, **blocks,
         )  # fmt: skip
 
 

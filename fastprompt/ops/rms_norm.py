@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastprompt.ops import reference
 from fastprompt.ops.checks import (
+    FLOATS,
     MOST_CHANNELS,
     by_reference,
     by_triton,
@@ -44,11 +45,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, rstd); h is ``x`` itself without a residual, rstd [..., 1] in float32 (or float64).
 
-    ``out`` takes y and ``total`` takes h: contiguous, and each may be x or residual (if that is
-    not wanted later, and not both the same). Else as `rms_norm`, whose checks it leaves out.
+    ``out`` takes y, in whatever dtype it has, and ``total`` takes h: contiguous, and each may be x
+    or residual (if that is not wanted later, and not both the same). Else as `rms_norm`, whose
+    checks it leaves out.
     """
     y = x.new_empty(x.shape) if out is None else out
-    check_out("out", y, x)
+    check_out("out", y, x, FLOATS)
     h = x
     if residual is not None:
         h = x.new_empty(x.shape) if total is None else total
@@ -67,7 +69,7 @@ def forward(
         if r_ is not None:
             torch.add(x_, r_, out=h_)
         z = h_.to(wide)
-        z = z * rstd_.copy_(z.square().mean(-1, keepdim=True).add_(eps).rsqrt_())
+        z = z * rstd_.copy_(_rstd(z, eps))
         y_.copy_((z.to(h_.dtype) if first else z) * factor)
     return y, h, rstd
 
@@ -76,8 +78,9 @@ def backward(
     dy: Tensor,
     h: Tensor,
     weight: Tensor,
-    rstd: Tensor,
+    rstd: Tensor | None,
     *,
+    eps: float = 0.0,
     offset: float = 0.0,
     dh: Tensor | None = None,
     out: Tensor | None = None,
@@ -85,23 +88,31 @@ def backward(
 ) -> Tensor:
     """The gradient to x, and as well to the residual: that of the norm, plus ``dh`` if given.
 
-    h and rstd as `forward` gave them; dh is the gradient that h gets elsewhere (the stream that
-    goes past the norm). ``out`` is contiguous and may be dy, dh or h.
+    h and rstd as `forward` gave them, or rstd None: made again from h, with ``eps``. dh is the
+    gradient that h gets elsewhere (the stream that goes past the norm). ``out`` is contiguous, of
+    whatever dtype, and may be dy, dh or h.
     """
     dx = h.new_empty(h.shape) if out is None else out
-    check_out("out", dx, h)
+    check_out("out", dx, h, FLOATS)
     if _by_triton(h, backend):
         from fastprompt.ops import norms_triton as triton
 
-        triton.backward(dy, h, weight, None, rstd, dh, offset, dx)
+        triton.backward(dy, h, weight, None, rstd, dh, eps, offset, False, dx)
         return dx
-    factor, D = _factor(weight, offset, rstd.dtype), max(1, h.shape[-1])
+    wide, D = torch.promote_types(h.dtype, torch.float32), max(1, h.shape[-1])
+    factor = _factor(weight, offset, wide)
     for dy_, h_, rstd_, dh_, dx_ in pieces(dy, h, rstd, dh, dx):
+        if rstd_ is None:
+            rstd_ = _rstd(h_.to(wide), eps)
         g = dy_ * factor
         along = (g * h_).sum(-1, keepdim=True).mul_(rstd_.square() / D)
         g.sub_(along * h_).mul_(rstd_)
         dx_.copy_(g if dh_ is None else g.add_(dh_))
     return dx
+
+
+def _rstd(z: Tensor, eps: float) -> Tensor:
+    return z.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 def _factor(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:

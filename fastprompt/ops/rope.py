@@ -65,9 +65,12 @@ def _turn(q, k, cos, sin, back, out, backend):
             if back:
                 s1, s2 = -s2, -s1
             low, high, rest = x_.tensor_split((half, 2 * half), dim=-1)
-            # both are made before either is written, since y may be x
-            turned = (low * c1).addcmul_(high, s1, value=-1), (high * c2).addcmul_(low, s2)
-            y_[..., :half], y_[..., half : 2 * half], y_[..., 2 * half :] = *turned, rest
+            # both are made before either is written, since y may be x; not by addcmul_, which the
+            # compiler takes apart, with another rounding
+            first, second = low * c1, high * c2
+            torch.addcmul(first, high, s1, value=-1, out=first)
+            torch.addcmul(second, low, s2, out=second)
+            y_[..., :half], y_[..., half : 2 * half], y_[..., 2 * half :] = first, second, rest
     return out
 
 

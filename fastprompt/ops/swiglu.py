@@ -45,7 +45,7 @@ def forward(
         triton.forward(gate, up, activation, y)
         return y
     for gate_, up_, y_ in pieces(gate, up, y):
-        torch.mul(_active(gate_, activation), up_, out=y_)
+        _multiply(_active(gate_, activation), up_, y_)
     return y
 
 
@@ -81,13 +81,20 @@ def backward(
         else:
             inputs = (pulled, gate_)
             torch.ops.aten.gelu_backward.grad_input(*inputs, approximate="tanh", grad_input=pulled)
-        torch.mul(dy_, active, out=dup_)
+        _multiply(active, dy_, dup_)
         dgate_.copy_(pulled)
     return dgate, dup
 
 
 def _active(gate: Tensor, activation: str) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+
+
+def _multiply(made: Tensor, other: Tensor, out: Tensor) -> None:
+    if torch.compiler.is_compiling():  # takes no ``out`` with gaps
+        out.copy_(made * other)
+    else:
+        torch.mul(made, other, out=out)
 
 
 # ---- op: schema, fake, autograd ----
