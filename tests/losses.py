@@ -14,7 +14,7 @@ op = importlib.import_module("fastprompt.ops.linear_cross_entropy")
 NAMES = ["llama", "qwen3", "llava"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(op, "CHUNK", 3 * 64)  # three rows of tiny vocabularies
 

@@ -9,12 +9,14 @@ import tiny
 import torch
 import torch.nn.functional as F
 from frozen import relative
-from losses import NAMES, by_hand, gradients, is_fused, labelled, op, pair, small_chunks  # noqa: F401
+from losses import NAMES, by_hand, gradients, is_fused, labelled, pair, small_chunks  # noqa: F401 (a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 import fastprompt
 from fastprompt.loss import FusedLoss
+
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.mark.parametrize("count", [None, 7, torch.tensor(7)])

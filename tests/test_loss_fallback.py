@@ -6,12 +6,14 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from losses import NAMES, by_hand, gradients, is_fused, labelled, op, pair, small_chunks  # noqa: F401
+from losses import by_hand, labelled, pair, small_chunks  # noqa: F401 (a fixture)
 from torch import nn
 
 import fastprompt
 from fastprompt.loss import FusedLoss
 from fastprompt.methods import M2PT
+
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 class OwnHead(nn.Linear):
