@@ -56,6 +56,7 @@ class Frozen:
     side: SideKeys
     memory: Memory
     inside: list[checks.Inside]
+    index: int  # among the tower's
     names: list[str] = field(default_factory=list)  # of forward's positional arguments, the first
     reason: str | None = None  # one apart
     ran: bool = False
@@ -69,7 +70,7 @@ class Frozen:
             why = "eager attention, which returns its weights"
         if why is None:
             names = list(inspect.signature(type(layer).forward).parameters)[2:]
-            layer.forward = cls(layer, parts, side, memory, found, names)
+            layer.forward = cls(layer, parts, side, memory, found, len(memory.blocks), names)
             memory.blocks.append(parts)
         return why
 
@@ -143,7 +144,7 @@ class Frozen:
             )  # fmt: skip
             out = frozen_block(
                 parts, x, prompt_k, prompt_v, options, cos=cos, sin=sin, policy=policy,
-                dtype=dtype, caches=cache is not None,
+                dtype=dtype, caches=cache is not None, host=self.memory.host, index=self.index,
             )  # fmt: skip
         if cache is None:
             return out

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastprompt.blocks.offload import Host
 from fastprompt.blocks.parts import Parts
 
 if TYPE_CHECKING:
@@ -53,17 +54,6 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def on_host(x: Tensor) -> Tensor:
-    """A copy of ``x`` in pinned memory, made while the host goes on; on the CPU ``x`` itself.
-
-    On the current stream, so in the order of the kernels that wrote ``x`` and may overwrite it.
-    """
-    if x.device.type != "cuda":
-        return x
-    pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    return pinned.copy_(x, non_blocking=True)
-
-
 @dataclass(eq=False)
 class Memory:
     """The policy of one tower's blocks.
@@ -78,6 +68,7 @@ class Memory:
         share: of the free memory, the most that this tower's blocks may take.
         behind: bytes of one row of logits and of their gradients, behind the blocks.
         loss: what computes the model's loss without whole logits, if something does.
+        host: where the blocks send their inputs under "offload".
         chosen, tokens, rows, why: the last choice, for how many tokens, rows of logits, in words.
     """
 
@@ -86,6 +77,7 @@ class Memory:
     share: float = 0.8
     behind: int = 0
     loss: FusedLoss | None = None
+    host: Host = field(default_factory=Host)
     chosen: str | None = None
     tokens: int = 0
     rows: int = 0

@@ -3,7 +3,7 @@
     "speed"      x, q, k, v, out, log-sum-exp, middle, gate, up        no product is recomputed
     "balanced"   the same without gate and up                          they are recomputed
     "low"        x                                                     all is, but down_proj
-    "offload"    x, in the host's memory
+    "offload"    x, in the host's memory (`offload`)
 
 (q and k before the norms of their heads, where they have any; no x where no gradient goes to it.)
 Everything goes through ``save_for_backward``, so that hooks on saved tensors, a second backward and
@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprompt.blocks import compute, memory
+from fastprompt.blocks import compute
 from fastprompt.blocks.compute import Math, Side
+from fastprompt.blocks.offload import Host
 from fastprompt.blocks.parts import Parts
 from fastprompt.ops.layout import distinct
 from fastprompt.ops.options import Options
@@ -31,6 +32,8 @@ class Plan(NamedTuple):
     math: Math
     options: Options  # without tensors
     caches: bool  # whether k and v are returned for a KV cache
+    host: Host
+    index: int  # the block's place in its tower
 
 
 class _FrozenBlock(torch.autograd.Function):
@@ -46,9 +49,12 @@ class _FrozenBlock(torch.autograd.Function):
             middle, gate, up = compute.mlp_inputs(parts, x, out, math)
             y = compute.after_mlp(parts, middle, gate, up, math, kept=plan.policy == "speed")
 
-        ctx.plan, ctx.device = plan, x.device
+        ctx.plan, ctx.sent = plan, None
         keeps_x = ctx.needs_input_grad[0] or plan.policy in ("low", "offload")
-        kept = [(memory.on_host(x) if plan.policy == "offload" else x) if keeps_x else None]
+        kept = [x if keeps_x else None]
+        if plan.policy == "offload":
+            ctx.sent = plan.host.send(x, plan.index)
+            kept = [ctx.sent.pinned]
         if plan.policy in ("speed", "balanced"):
             kept += raw if parts.q_norm or parts.k_norm else (q, k, v)
             kept += (out, lse, middle)
@@ -67,8 +73,9 @@ class _FrozenBlock(torch.autograd.Function):
         side = _side(plan, *beside)
         to_x, prompts = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         with torch.autocast(dy.device.type, enabled=False):
+            if ctx.sent is not None:
+                x = ctx.sent.fetch(x)
             if not kept:
-                x = x.to(ctx.device, non_blocking=True)
                 raw_q, raw_k, v = compute.projections(parts, x, math)
             else:
                 raw_q, raw_k, v = kept[:3]
@@ -118,6 +125,8 @@ def frozen_block(
     policy: str = "speed",
     dtype: torch.dtype | None = None,
     caches: bool = False,
+    host: Host | None = None,
+    index: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """A pre-norm transformer block with frozen weights; gradients go to x and the prompt alone.
 
@@ -132,6 +141,8 @@ def frozen_block(
         dtype: what to compute in; by default autocast's, or what the block's first norm returns.
         caches: return the block's keys and values [B, Hkv, N, d] as well, as a KV cache takes
             them. Gradients go through them too.
+        host, index: under "offload", where all blocks of one tower send their inputs, and this
+            block's place among them: the next one's is fetched ahead in backward.
 
     Returns:
         [B, N, D] in the dtype of x, or the wider one of it and ``dtype``.
@@ -142,5 +153,5 @@ def frozen_block(
     math = Math(dtype or parts.dtype(x), torch.is_autocast_enabled(x.device.type))
     tensors = (options.key_mask, options.attn_mask, options.prompt_index)
     options = options._replace(key_mask=None, attn_mask=None, prompt_index=None)
-    plan = Plan(parts, policy, math, options, caches)
+    plan = Plan(parts, policy, math, options, caches, host or Host(), index)
     return _FrozenBlock.apply(*distinct(x, prompt_k, prompt_v, cos, sin, *tensors), plan)
