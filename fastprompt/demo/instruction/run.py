@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
         (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
         plots.draw(record["parts"], out)
 
-    encoder, cache = DualEncoder(given.cache), given.cache
+    encoder, cache = DualEncoder(given.cache, getattr(torch, given.dtype)), given.cache
     with console.status("emoji artwork: downloading, converting, encoding"):
         art = Artwork(_some(emoji.load(cache), given.classes), encoder)
     steps = lambda n: max(2, round(n * given.length))  # noqa: E731
@@ -93,6 +93,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=200, help="tested a k on the large task")
     parser.add_argument("--classes", type=int, help="of the large task (all 1,026)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--cache", help="where archives are kept (~/.cache/fastprompt)")
     parser.add_argument("--out", default="instruction_results", help="folder for what is written")
     return parser.parse_args(arguments)
