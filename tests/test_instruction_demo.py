@@ -211,7 +211,7 @@ def test_the_large_parts_from_end_to_end(tiny_backbone, tmp_path):
     assert len(art.new) == 4 and not set(art.new.tolist()) & set(art.base.tolist())
     said, recipe = [], Recipe(steps=2, batch=4)
     parts = dict(selection=large_run.selecting(art, recipe, (None, 3, 1), 10, None, said.append))
-    assert list(parts["selection"]["by_k"]) == ["all", 3, 1] and len(said) == 4
+    assert list(parts["selection"]["by_k"]) == ["all", 3, 1] and len(said) == 5
     some = large_run.all_or_some(art, recipe, 18, None, said.append)
     assert set(some) == {"all", "by score", "at random"}
     found = large_run.base_and_new(art, recipe, None, said.append)
