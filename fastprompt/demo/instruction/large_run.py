@@ -17,7 +17,7 @@ from fastprompt.instruction.features import text_features
 TEMPLATE = "{class}"
 TRAIN_K = 16
 RIDGE = 0.3
-# rows of a thousand classes are seen rarely, and the small task's rates would tear them apart
+# lower than the small task's: each of a thousand classes' rows is seen rarely (not compared apart)
 RATES = dict(prompt_lr=5e-3, projection_lr=1e-3)
 # Classes never trained are told by their prompt's output alone, so a text has to get through the
 # network: at scale 3 its output is near linear in it (R² 0.73; at scale 1, 0.42). Found with others
