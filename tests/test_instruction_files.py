@@ -80,7 +80,8 @@ def test_trainer_needs_nothing_else(tmp_path):
 @pytest.mark.filterwarnings("ignore:predicting from a head")
 @pytest.mark.parametrize("features", ["trainable", "frozen", "encoder"])
 def test_save_and_load(features, tmp_path):
-    model = build(kind="mixed", features=features)
+    model = build(kind="mixed", features=features, standardise=True)
+    model.train()(images(), torch.arange(4))  # whose statistics are kept, too
     model.set_classes(["red", "blue"], exemplars(2), task="colours", head=False)
     with torch.no_grad():
         for p in model.parameters():
@@ -88,7 +89,7 @@ def test_save_and_load(features, tmp_path):
                 p += torch.randn_like(p) * 0.1
     model.eval()
     model.save(tmp_path)
-    fresh = build(kind="mixed", features=features, classes=["x", "y", "z"])
+    fresh = build(kind="mixed", features=features, standardise=True, classes=["x", "y", "z"])
     fresh.load(tmp_path)
     fresh.eval()
     assert fresh.classes() == NAMES and fresh.classes("colours") == ["red", "blue"]
@@ -99,7 +100,10 @@ def test_save_and_load(features, tmp_path):
     with pytest.raises(ValueError, match="kind: want 'mixed', got a model with 'text'"):
         other.load(tmp_path)
     assert other.classes() == ["x", "y", "z"]
-    more = build(kind="mixed", features=features, classes=["x", "y", "z"])
+    plain = build(kind="mixed", features=features)
+    with pytest.raises(ValueError, match=r"unknown \[.standard"):
+        plain.load(tmp_path)
+    more = build(kind="mixed", features=features, standardise=True, classes=["x", "y", "z"])
     more.set_classes(["p", "q"], exemplars(2), task="own")
     more.set_classes(["p", "q"], exemplars(2), task="colours", head=True)
     own = more.tasks["own"].rows.detach().clone()

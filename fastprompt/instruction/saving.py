@@ -100,6 +100,8 @@ def _own(model: "InstructionViT") -> dict[str, Tensor]:
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own |= {f"heads.{name}": t for name, t in model.heads.state_dict(keep_vars=True).items()}
     own["gain"] = model.gain
+    if model.standard is not None:
+        own |= {f"standard.{name}": t for name, t in model.standard.named_buffers()}
     return own | {f"tasks.{name}": t for name, t in model.tasks.state_dict(keep_vars=True).items()}
 
 

@@ -22,9 +22,9 @@ class Recipe:
 
     steps: int = 150
     batch: int = 32
-    head_lr: float = 2e-2
-    projection_lr: float = 1e-3
-    prompt_lr: float = 5e-3
+    head_lr: float = 5e-3
+    projection_lr: float = 3e-3
+    prompt_lr: float = 2e-2
     weight_decay: float = 1e-2  # of head and projection
 
     def groups(self, model: nn.Module) -> list[dict]:
@@ -102,6 +102,25 @@ def logits(
         parts.append(model(pixels[at : at + size], query=own, **options).logits)
     model.train(was)
     return torch.cat(parts), (time.perf_counter() - started) / max(1, len(pixels))
+
+
+@torch.no_grad()
+def by_every_way(
+    model: InstructionViT, pixels: Tensor, query: Tensor | None, size: int
+) -> tuple[dict[str, Tensor], float]:
+    """Scores [n, C] by head, by cosine and by both, out of one pass, and seconds an image."""
+    was, started = model.training, time.perf_counter()
+    parts: dict[str, list[Tensor]] = {"head": [], "cosine": [], "both": []}
+    model.eval()
+    for at in range(0, len(pixels), size):
+        own = None if query is None else query[at : at + size]
+        out = model(pixels[at : at + size], query=own, predict="both", details=True)
+        parts["head"].append(out.head_logits)
+        parts["both"].append(out.logits)
+        parts["cosine"].append(out.logits - out.head_logits.log_softmax(-1))  # -inf: not kept
+    model.train(was)
+    seconds = (time.perf_counter() - started) / max(1, len(pixels))
+    return {way: torch.cat(own) for way, own in parts.items()}, seconds
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:

@@ -10,9 +10,10 @@ from torch.nn.functional import normalize
 import fastprompt
 from fastprompt.demo.instruction import encoder as encoders
 from fastprompt.instruction import InstructionViT
+from fastprompt.instruction.standard import Standard
 from fastprompt.methods import VPT
 
-ALIGNING = dict(alignment=0.3, temperature=0.3)
+OPTIONS = dict(standardise=True, alignment=0.3, temperature=0.1)
 KINDS = ("none", "text", "image", "mixed", "text shuffled", "random rows", "VPT")
 
 
@@ -27,10 +28,14 @@ class VptClassifier(nn.Module):
     def __init__(self, backbone: nn.Module, tokens: int, classes: int):
         super().__init__()
         fastprompt.patch(backbone, VPT(num_tokens=tokens, train_head=False))
-        self.backbone, self.head = backbone, nn.Linear(backbone.config.hidden_size, classes)
+        width = backbone.config.hidden_size
+        # the head reads what the others' reads, in float32
+        self.backbone, self.standard = backbone, Standard(width)
+        self.head = nn.Linear(width, classes)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, *, query=None) -> Loss:
-        logits = self.head(self.backbone(pixel_values=pixel_values).last_hidden_state[:, 0])
+        cls = self.backbone(pixel_values=pixel_values).last_hidden_state[:, 0].float()
+        logits = self.head(self.standard(cls, self.training and labels is not None))
         return Loss(None if labels is None else F.cross_entropy(logits, labels), logits)
 
 
@@ -47,11 +52,11 @@ def build(
 
     exemplars: for each class its images' features [n, width].
     """
-    backbone = encoders.backbone(cache)
+    backbone = encoders.backbone(cache, encoder.dtype)
     if kind == "VPT":
         return VptClassifier(backbone, len(names), len(names))
     base = kind if kind in ("none", "image", "mixed") else "text"
-    options = ALIGNING | dict(kind=base, templates=[template]) | options
+    options = OPTIONS | dict(kind=base, templates=[template]) | options
     model = InstructionViT(backbone, encoder, **options)
     model.set_classes(names, exemplars)
     prompts = model.tasks["default"]
