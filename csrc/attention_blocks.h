@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "attention_single.h"
+#include "softmax.h"
 
 namespace fastprompt {
 namespace {
@@ -36,7 +37,7 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
     const int64_t vectors = (a.N + kLanes - 1) / kLanes, per = block_ / kLanes;
     const int64_t blocks = (vectors + per - 1) / per;
     step_ = blocks ? (vectors + blocks - 1) / blocks * kLanes : kLanes;  // blocks of one size
-    works_ = scratch_.reserve(4 * (keys + a.P + 32) * width_ + 7 * block_ * (width_ + 16) +
+    works_ = scratch_.reserve(4 * (keys + 32) * width_ + 7 * block_ * (width_ + 16) +
                               2 * (keys + 1) * block_ + 4 * block_ + 1024);
   }
 
@@ -191,23 +192,7 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
     score(s, q, b, n, at, across);
 
     alignas(64) float top[kBlock], total[kBlock];
-    for (int64_t i = 0; i < across; i += kLanes) {
-      Lanes best = splat(-kInfinity), sum = {};
-      for (int64_t j = 0; j < keys; ++j) best = larger(best, load(s + j * across + i));
-      const Lanes base = best > splat(-kInfinity) ? best : Lanes{};  // -inf - -inf would be NaN
-      for (int64_t j = 0; j < keys;) {
-        Lanes part = {};  // thousands of keys in one long float32 sum would be its own error
-        for (const int64_t stop = least(j + kDepth, keys); j < stop; ++j) {
-          const Lanes p = exponential(load(s + j * across + i) - base);
-          store(s + j * across + i, p);
-          part += p;
-        }
-        sum += part;
-      }
-      store(top + i, best);
-      store(total + i, sum);
-    }
-
+    exponentials(s, keys, across, top, total);
     float* out = scratch_.take(count * width_);
     add_values(out, s, at, count, across);
     for (int64_t i = 0; i < count; ++i) {

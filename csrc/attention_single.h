@@ -1,13 +1,14 @@
 // Attention of a single query a head against many keys (decoding), which reading the keys bounds:
-// they are read once, where they lie, for all query heads that share them.
+// they are read once, where they lie, for all query heads that share them. These heads are the lanes
+// of a vector, as queries are in attention_blocks.h.
 #pragma once
 
 #include <cmath>
 
 #include "attention.h"
-#include "lanes.h"
 #include "rounding.h"
 #include "scratch.h"
+#include "softmax.h"
 
 namespace fastprompt {
 namespace {
@@ -18,11 +19,13 @@ class Single {  // the work of one thread on some pairs of a sample and a key he
 
  public:
   explicit Single(const Attention& a)
-      : a_(a), width_(whole(a.d)), groups_(a.H / a.heads_kv), keys_(whole(a.P + a.M)) {
-    works_ = scratch_.reserve(2 * groups_ * width_ + groups_ * keys_ + kDepth * width_ + 64);
+      : a_(a), width_(whole(a.d)), heads_(a.H / a.heads_kv), across_(whole(heads_)) {
+    const int64_t rows = heads_ + kDepth, columns = a.d + a.P + a.M + 2;
+    works_ = scratch_.reserve(rows * width_ + columns * across_ + 128);
     if (!works_) return;
-    q_ = scratch_.take(groups_ * width_), out_ = scratch_.take(groups_ * width_);
-    scores_ = scratch_.take(groups_ * keys_), rows_ = scratch_.take(kDepth * width_);
+    q_ = scratch_.take(a.d * across_), scores_ = scratch_.take((a.P + a.M) * across_);
+    top_ = scratch_.take(across_), total_ = scratch_.take(across_);
+    out_ = scratch_.take(heads_ * width_), rows_ = scratch_.take(kDepth * width_);
   }
 
   void run(int64_t first, int64_t last) {
@@ -51,27 +54,23 @@ class Single {  // the work of one thread on some pairs of a sample and a key he
     return {rows_, width_};
   }
 
-  // The scores of `count` keys for every query head; `s` is the first head's of the first.
+  // s [count, across] = k q
   void score(const T* from, int64_t row, int64_t count, float* s) {
     for (int64_t done = 0; done < count; done += kDepth) {
       const int64_t now = least(kDepth, count - done);
       const Some k = widened(from + done * row, row, now);
-      for (int64_t j = 0; j < now; ++j)
-        for (int64_t g = 0; g < groups_; ++g) {
-          Lanes sum = {};
-          for (int64_t c = 0; c < width_; c += kLanes)
-            sum += load(q_ + g * width_ + c) * load(k.data + j * k.row + c);
-          s[g * keys_ + done + j] = total_of(sum);
-        }
+      float* to = s + done * across_;
+      product({k.data, k.row, 1, q_, across_, to, across_}, now, across_, a_.d, false);
     }
   }
 
-  // out += p v of `count` keys
+  // out [heads, width] += p v, p [count, across]
   void add_values(const T* from, int64_t row, int64_t count, const float* p) {
     for (int64_t done = 0; done < count; done += kDepth) {
       const int64_t now = least(kDepth, count - done);
       const Some v = widened(from + done * row, row, now);
-      product({p + done, keys_, 1, v.data, v.row, out_, width_}, groups_, width_, now, true);
+      const float* own = p + done * across_;
+      product({own, 1, across_, v.data, v.row, out_, width_}, heads_, width_, now, true);
     }
   }
 
@@ -79,60 +78,34 @@ class Single {  // the work of one thread on some pairs of a sample and a key he
     const int64_t set = a_.set_of ? a_.set_of[b] : 0, P = a_.lengths ? a_.lengths[set] : a_.P;
     // the query stands at the last key, and a window ends there
     const int64_t first = a_.window ? most(0, a_.M - a_.window) : 0, tokens = a_.M - first;
-    for (int64_t g = 0; g < groups_; ++g)
-      for (int64_t c = 0; c < width_; ++c) {
-        const T* from = at(a_.q, b, h_kv * groups_ + g, 0);
-        q_[g * width_ + c] = c < a_.d ? widen(from[c]) * a_.scale : 0;
-        out_[g * width_ + c] = 0;
-      }
+    const int64_t h = h_kv * heads_;
+    for (int64_t i = 0; i < across_; ++i)
+      for (int64_t c = 0; c < a_.d; ++c)
+        q_[c * across_ + i] = i < heads_ ? widen(at(a_.q, b, h + i, 0)[c]) * a_.scale : 0;
     score(at(a_.prompt_k, set, h_kv, 0), a_.prompt_k.row, P, scores_);
-    score(at(a_.k, b, h_kv, first), a_.k.row, tokens, scores_ + P);
-    for (int64_t g = 0; g < groups_; ++g) {
-      float* s = scores_ + g * keys_;
-      for (int64_t j = 0; a_.key_mask && j < tokens; ++j)
-        if (!a_.key_mask[b * a_.M + first + j]) s[P + j] = -kInfinity;
-      a_.lse[b * a_.H + h_kv * groups_ + g] = weigh(s, P + tokens);
-    }
+    float* s = scores_ + P * across_;
+    score(at(a_.k, b, h_kv, first), a_.k.row, tokens, s);
+    for (int64_t j = 0; a_.key_mask && j < tokens; ++j)
+      if (!a_.key_mask[b * a_.M + first + j])
+        for (int64_t i = 0; i < across_; ++i) s[j * across_ + i] = -kInfinity;
+
+    exponentials(scores_, P + tokens, across_, top_, total_);
+    memset(out_, 0, size_t(heads_ * width_) * 4);
     add_values(at(a_.prompt_v, set, h_kv, 0), a_.prompt_v.row, P, scores_);
-    add_values(at(a_.v, b, h_kv, first), a_.v.row, tokens, scores_ + P);
-    for (int64_t g = 0; g < groups_; ++g) {
-      T* to = at(a_.out, b, h_kv * groups_ + g, 0);
-      for (int64_t c = 0; c < a_.d; ++c) to[c] = To::convert(out_[g * width_ + c]);
+    add_values(at(a_.v, b, h_kv, first), a_.v.row, tokens, s);
+    for (int64_t i = 0; i < heads_; ++i) {
+      const float by = total_[i] == 0 ? 0 : 1 / total_[i];  // a NaN stays one
+      T* to = at(a_.out, b, h + i, 0);
+      for (int64_t c = 0; c < a_.d; ++c) to[c] = To::convert(out_[i * width_ + c] * by);
+      a_.lse[b * a_.H + h + i] = total_[i] == 0 ? -kInfinity : top_[i] + logf(total_[i]);
     }
-  }
-
-  // Scores to probabilities, in place. Returns their log-sum-exp.
-  float weigh(float* s, int64_t count) {
-    const int64_t vectors = whole(count);
-    for (int64_t j = count; j < vectors; ++j) s[j] = -kInfinity;
-    Lanes best = splat(-kInfinity), sum = {};
-    for (int64_t j = 0; j < vectors; j += kLanes) best = larger(best, load(s + j));
-    float top = best[0];
-    for (int i = 1; i < kLanes; ++i) top = top > best[i] ? top : best[i];
-    const float base = top > -kInfinity ? top : 0;  // -inf - -inf would be NaN
-    for (int64_t j = 0; j < vectors; j += kLanes) {
-      const Lanes p = exponential(load(s + j) - base);
-      store(s + j, p);
-      sum += p;
-    }
-    const float total = total_of(sum), by = total == 0 ? 0 : 1 / total;  // a NaN stays one
-    for (int64_t j = 0; j < vectors; j += kLanes) store(s + j, load(s + j) * by);
-    return total == 0 ? -kInfinity : top + logf(total);
-  }
-
-  static float total_of(Lanes x) {
-    alignas(64) float lane[kLanes];
-    store(lane, x);
-    for (int half = kLanes / 2; half; half /= 2)
-      for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    return lane[0];
   }
 
   const Attention& a_;
-  const int64_t width_, groups_, keys_;
+  const int64_t width_, heads_, across_;
   Scratch scratch_;
   bool works_;
-  float *q_, *out_, *scores_, *rows_;
+  float *q_, *scores_, *top_, *total_, *out_, *rows_;
 };
 
 }  // namespace

@@ -64,19 +64,24 @@ def _checks(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
         kind = str(dtype).removeprefix("torch.")
         like = torch.empty(0, dtype=dtype, device=device)
         backend = chosen_backend(like)
-        yield f"prompt_attention, {kind} ({backend})", lambda like=like: _attention(like)
+        yield f"prompt_attention, {kind} ({backend})", lambda like=like: _attention(like, 33)
+        yield f"prompt_attention, one query, {kind}", lambda like=like: _attention(like, 1)
         yield f"select_prompts, {kind}", lambda like=like: _selection(like)
         yield f"rms_norm, {kind}", lambda like=like: _norm(like)
     yield "4-bit weights against bitsandbytes'", lambda: _four_bit(device)
 
 
-def _attention(like: Tensor) -> str:
-    shapes = [(2, 4, 33, 64), (2, 2, 33, 64), (2, 2, 33, 64), (2, 5, 64), (2, 5, 64)]
+def _attention(like: Tensor, N: int) -> str:
+    """Causal, grouped queries, each sample with its own set of prompts."""
+    shapes = [(2, 4, N, 64), (2, 2, 33, 64), (2, 2, 33, 64), (3, 2, 5, 64), (3, 2, 5, 64)]
+    which = torch.tensor([2, 0], device=like.device)
     inputs = [_random(like, *shape).requires_grad_() for shape in shapes]
 
     def run(attend, dtype):
         given = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        out = attend(*given, causal=True)
+        out = attend(*given, causal=True, prompt_index=which)
+        if N == 1:  # so few numbers that the error of a gradient is luck
+            return (out,)
         return out, *torch.autograd.grad(out.float().square().sum(), given)
 
     truth = run(reference.prompt_attention, torch.float64)

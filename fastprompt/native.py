@@ -250,6 +250,10 @@ def attention(
         "prompt_len": (prompt_len, torch.int64, sets),
     }
     parts = parts or attention_parts(B, Hkv)[0]
+    if prompt_grads is not None and not (
+        shares == parts or (shares == 1 and Hkv % parts == 0)  # else parts would write past it
+    ):
+        raise ValueError(f"prompt_grads: want {parts} shares for {parts} parts, got {shares}")
     module.attention(
         [_rows(t) for t in inputs],
         [_rows(t) for t in grads],
@@ -270,14 +274,13 @@ def attention(
 def attention_parts(B: int, Hkv: int, share_bytes: int = 0) -> tuple[int, int]:
     """(parts, shares): pieces of the work on the pairs of a sample and a key head, two a thread.
 
-    Each part has sums of its own, a share, and there are fewer of both where these would take more
-    than 128 MB. Where parts are whole heads no two meet in one, and a single share does for all.
+    Parts that meet in a head have sums of their own, a share each. Where parts are whole heads no
+    two meet, and one share does for all: also where a share for each would take over 128 MB.
     """
     parts = max(1, min(B * Hkv, 2 * torch.get_num_threads()))
-    if Hkv % parts == 0:
-        return parts, 1
-    parts = max(1, min(parts, (1 << 27) // share_bytes if share_bytes else parts))
-    return parts, parts
+    if Hkv % parts and parts * share_bytes <= 1 << 27:
+        return parts, parts
+    return max(n for n in range(1, parts + 1) if Hkv % n == 0), 1
 
 
 def select(

@@ -1,5 +1,6 @@
 """csrc's attention on every instruction set that this machine runs."""
 
+import itertools
 import subprocess
 import sys
 from functools import partial
@@ -85,19 +86,44 @@ def test_scores_too_large_for_an_exponential(variant):
     assert all(g.isfinite().all() for g in grads)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_number_of_threads(variant, threads):
+@pytest.fixture
+def threads_as_before():
     before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("Hkv", [1, 2, 3, 4, 6])
+def test_any_number_of_threads(variant, threads_as_before, Hkv, threads):
     torch.set_num_threads(threads)
-    try:
-        ours = partial(prompt_attention, backend="native", causal=True)
-        eager = partial(reference.prompt_attention, causal=True)
-        shape = SHAPES["many samples"]
-        assert_as_accurate(
-            ours, eager, make(shape, torch.float32, "cpu"), torch.randn(70, 2, 3, 16)
-        )
-    finally:
-        torch.set_num_threads(before)
+    ours = partial(prompt_attention, backend="native", causal=True)
+    eager = partial(reference.prompt_attention, causal=True)
+    inputs = make((70, Hkv, Hkv, 3, 3, 2, 16), torch.float32, "cpu")
+    assert_as_accurate(ours, eager, inputs, torch.randn(70, Hkv, 3, 16))
+
+
+def test_no_two_parts_add_to_one_sum(threads_as_before):
+    """Which a race would show only now and then, and on one thread never."""
+    cases = itertools.product(
+        (1, 2, 7, 64), (1, 2, 3, 4, 8, 9, 12), (1, 2, 3, 16), (0, 2**20, 2**30)
+    )
+    for B, Hkv, threads, share_bytes in cases:
+        torch.set_num_threads(threads)
+        parts, shares = native.attention_parts(B, Hkv, share_bytes)
+        units = B * Hkv
+        assert 1 <= parts <= 2 * threads
+        assert shares == 1 or shares * share_bytes <= 2**27
+        met = [
+            {u // B for u in range(units * p // parts, units * (p + 1) // parts)}
+            for p in range(parts)
+        ]
+        if shares == 1:  # heads come first in the order of units
+            assert sum(map(len, met)) == len(set().union(*met))
+        else:
+            assert shares == parts
+    torch.set_num_threads(16)
+    assert native.attention_parts(64, 12, 8 * 1000 * 12 * 20 * 64) == (12, 1)
 
 
 def test_refusals():
@@ -114,6 +140,8 @@ def test_refusals():
         call(q, k, v, pk, pv, out, lse.double())
     with pytest.raises(ValueError, match=r"prompt_index: want contiguous torch.int64"):
         call(q, k, v, pk, pv, out, lse, prompt_index=torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match="prompt_grads: want 4 shares for 4 parts, got 2"):
+        call(q, k, v, pk, pv, out, lse, prompt_grads=torch.zeros(2, 2, *pk.shape), parts=4)
     with pytest.raises(ValueError, match="variant: want one of"):
         call(q, k, v, pk, pv, out, lse, variant="sse9")
 

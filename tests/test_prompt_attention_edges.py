@@ -81,6 +81,22 @@ def test_long_rows_of_csrc(sizes):
     assert_as_accurate(ours, reference.prompt_attention, inputs, torch.randn(1, 4, 33, 16))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [dict(softcap=5.0), dict(window=250), dict(window=3)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_far_more_queries_than_keys(backend, options, packed):
+    """Without a window the first see every key, hundreds of rows after them."""
+    inputs = make((1, 4, 2, 300, 10, 3, 16))
+    if packed:
+        ends = [
+            torch.tensor(e, dtype=torch.int32, device=DEVICE) for e in ([0, 260, 300], [0, 4, 10])
+        ]
+        options = dict(options, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1])
+    ours = partial(prompt_attention, backend=backend, **options)
+    eager = partial(reference.prompt_attention, **options)
+    assert_as_accurate(ours, eager, inputs, torch.randn(1, 4, 300, 16, device=DEVICE))
+
+
 # ---- refusals ----
 
 
@@ -128,8 +144,14 @@ def test_refusals_say_what_was_wanted_and_what_came():
     refused(r"softcap: want a finite number above 0, got -1\.0", softcap=-1.0)
     refused("softcap: want a finite number above 0, got inf", softcap=float("inf"))
     refused("v: want a tensor, got NoneType", v=None)
+    refused("prompt_v: want rows of d numbers", prompt_v=torch.tensor(1.0, device=DEVICE))
+    refused("q: want rows .* a nested", q=torch.nested.nested_tensor([torch.zeros(2, 24)] * 2))
+    refused("scale: want a number, got int", scale=10**400)
+    refused("scale: want a number, got Tensor", scale=torch.tensor(1j))
+    refused("scale: want a finite number", scale=1e300)
+    refused("softcap: want a finite number", softcap=1e39)
     refused("q: want a tensor, got list", q=[1.0])
-    refused(r"want q \[B, Hq, N, d\]", q=torch.zeros(()))
+    refused(r"want q \[B, Hq, N, d\]", q=torch.zeros(3))
     refused("d: want a multiple of 8 up to 256, got 0", q=lambda a: a["q"][..., :0])
     refused(r"prompt_k: want \[2, P, 24\], got \[7, 24\]", prompt_k=lambda a: a["prompt_k"][0])
     refused("causal: want True or False, got 'x'", causal="x")

@@ -80,7 +80,8 @@ def calls(draw, half, any_number=False):
         B, samples = 1, len(lengths)
         N, M = (sum(x) for x in zip(*lengths, strict=True))
     else:
-        B, N, M = (draw(st.integers(*r)) for r in ((1, 3), (max(1, rows), 70), (rows, 70)))
+        most = draw(st.sampled_from([70, 70, 300]))  # more queries than one piece of a mask has
+        B, N, M = (draw(st.integers(*r)) for r in ((1, 3), (max(1, rows), most), (rows, 70)))
         samples, cached = B, draw(st.booleans())
         M = (N + M if cached else N) if causal else M
     kwargs = dict(causal=causal, scale=draw(st.sampled_from([None, 0.5, -0.2])))

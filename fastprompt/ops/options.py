@@ -61,9 +61,16 @@ TENSORS = (
 )  # fmt: skip
 
 
+_MOST = 1e38  # kernels compute in float32
+
+
 def check_ranks(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> None:
     """Raises ValueError for what is no tensor, or has no head dimension to be read off it."""
-    _want_tensors(dict(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v))
+    named = dict(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v)
+    _want_tensors(named)
+    for name, x in named.items():
+        if x.is_nested or x.ndim == 0:
+            raise ValueError(f"{name}: want rows of d numbers, got a nested tensor or a number")
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(
             f"want q [B, Hq, N, d] and k [B, Hkv, M, d]; got {_shape(q)} and {_shape(k)}"
@@ -81,16 +88,16 @@ def as_number(name: str, x: Any) -> float:
         raise ValueError(f"{name}: want a number, got {type(x).__name__}")
     try:
         return float(x)
-    except TypeError as error:
-        raise ValueError(f"{name}: want a number, got {type(x).__name__}") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{name}: want a number, got {type(x).__name__}: {error}") from error
 
 
 def _check_numbers(o):
     if not isinstance(o.causal, (bool, torch.SymBool)):
         raise ValueError(f"causal: want True or False, got {o.causal!r}")
-    if not -float("inf") < o.scale < float("inf"):
+    if not -_MOST <= o.scale <= _MOST:
         raise ValueError(f"scale: want a finite number, got {o.scale}")
-    if o.softcap is not None and not 0 < o.softcap < float("inf"):
+    if o.softcap is not None and not 0 < o.softcap <= _MOST:
         raise ValueError(f"softcap: want a finite number above 0, got {o.softcap}")
     whole = isinstance(o.window, (int, torch.SymInt)) and not isinstance(o.window, bool)
     if o.window is not None and not (whole and o.window >= 1):

@@ -83,29 +83,29 @@ def chosen_backend(q: Tensor, backend: str = "auto") -> str:
     return "xformers" if vendors.has_xformers() else "vendor"
 
 
-def _implementation(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options):
-    """Forward and backward of the backend that this very call takes."""
+def _implementation(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options, backward: bool = False):
+    """Forward or backward of the backend that this very call takes."""
     backend = chosen_backend(q, o.backend)
     if backend == "triton":
         # imported on first use: triton exists on Linux alone
         from fastprompt.ops import prompt_attention_triton as triton
 
-        return triton.forward, triton.backward
-    if backend == "native" and compiled.serves(q, k, prompt_k, o):
-        return compiled.forward, compiled.backward
+        return triton.backward if backward else triton.forward
+    if backend == "native" and compiled.serves(q, k, prompt_k, o, backward):
+        return compiled.backward if backward else compiled.forward
     vendor = vendors.named(backend, q.device)
-    return partial(merge.forward, vendor), partial(merge.backward, vendor)
+    return partial(merge.backward if backward else merge.forward, vendor)
 
 
 def _forward(*inputs):
     *tensors, o = *inputs[:5], Options(*inputs[5:])
     check_values(tensors[0], tensors[1], tensors[3], o)
-    return _implementation(tensors[0], tensors[1], tensors[3], o)[0](*tensors, o)
+    return _implementation(tensors[0], tensors[1], tensors[3], o)(*tensors, o)
 
 
 def _backward(dout, out, lse, *rest):
     tensors, o, wanted = rest[:5], Options(*rest[5:-2]), rest[-2:]
-    run = _implementation(tensors[0], tensors[1], tensors[3], o)[1]
+    run = _implementation(tensors[0], tensors[1], tensors[3], o, backward=True)
     return run(dout, out, lse, *tensors, o, *wanted)
 
 
@@ -192,11 +192,12 @@ def prompt_attention(
         prompt_len: [S] int32 or int64: the first so many rows of a set exist.
         backend: "triton" (CUDA; on the CPU it wants its interpreter); "native", csrc's kernel on
             the CPU, for float32 and bfloat16 without attn_mask, prompt_bias, softcap or packing,
-            with N = 1 or B·Hkv not below the threads, while every other call is sent on to
-            "vendor"; "vendor", torch's own attention on the tokens and the prompts merged in (on
-            CUDA, packing and sets make it wait for the device); "xformers", the same with that
-            package; "reference", plain PyTorch. "auto" is Triton on CUDA from sm_80 on (an
-            attn_mask is read by its kernels as well), and native on the CPU.
+            where B·Hkv is not below the threads and (P + M)·d not above 2²² (of one query a head
+            always, but for its backward), while every other call is sent on to "vendor";
+            "vendor", torch's own attention on the tokens and the prompts merged in (on CUDA,
+            packing and sets make it wait for the device); "xformers", the same with that package;
+            "reference", plain PyTorch. "auto" is Triton on CUDA from sm_80 on (an attn_mask is
+            read by its kernels as well), and native on the CPU.
 
     Returns:
         [B, Hq, N, d] in ``q.dtype``, laid out as [B, N, Hq, d]. A row that may see no token gets

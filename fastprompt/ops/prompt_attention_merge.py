@@ -126,7 +126,7 @@ def _pieces(o: Options, N: int, M: int) -> Iterator[_Piece]:
             if not o.packed or (q1 > q0 and k1 > k0):
                 yield _Piece(slice(q0, q1), slice(k0, k1), ahead)
             continue
-        window = o.window or k1 - k0 + 1
+        window = o.window or (q1 - q0) + (k1 - k0)  # further than any query is from any key
         step = min(_ROWS, max(128, window))
         for start in range(0, q1 - q0, step):
             stop = min(start + step, q1 - q0)

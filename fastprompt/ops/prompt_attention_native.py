@@ -11,17 +11,20 @@ DTYPES = (torch.float32, torch.bfloat16)
 _LONGEST = 1 << 22  # keys times channels: what a thread copies is four such tables at most
 
 
-def serves(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options) -> bool:
-    """Whether csrc takes this call; whatever it does not take is the vendor's."""
-    N, keys = q.shape[2], k.shape[2] + prompt_k.shape[-2]
-    return (
-        q.dtype in DTYPES
-        and native.available()
-        and (o.attn_mask, o.prompt_bias, o.softcap, o.cu_seqlens_q) == (None,) * 4
-        and (N == 1 or keys * q.shape[3] <= _LONGEST)  # a single query's keys are not copied
-        # a pair of a sample and a key head is one thread's work
-        and (N == 1 or k.shape[0] * k.shape[1] >= torch.get_num_threads())
-    )
+def serves(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options, backward: bool = False) -> bool:
+    """Whether csrc takes this call; whatever it does not take is the vendor's.
+
+    A forward and a backward may be different ones': what passes between them is the same.
+    """
+    if q.dtype not in DTYPES or not native.available():
+        return False
+    if (o.attn_mask, o.prompt_bias, o.softcap, o.cu_seqlens_q) != (None,) * 4:
+        return False
+    if q.shape[2] == 1 and not backward:
+        return True  # its keys are read where they lie
+    keys = k.shape[2] + prompt_k.shape[-2]
+    # a pair of a sample and a key head is one thread's work, and copied by it
+    return keys * q.shape[3] <= _LONGEST and k.shape[0] * k.shape[1] >= torch.get_num_threads()
 
 
 def forward(
