@@ -27,6 +27,7 @@ struct Attention {
   int64_t sets, shares;  // shares: 1, where no two parts meet in a key head, or the parts
   int64_t window;  // 0: none
   float scale;
+  float softcap;  // 0: none
   Dtype dtype;  // f32 or bf16
   bool causal, tokens;
   int* out_of_memory;  // set to 1 by a part that found none; what it owed is then not written

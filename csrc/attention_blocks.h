@@ -173,6 +173,7 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
     const Matrix& k = tokens_.k;
     product({k.data + at.first * k.row, k.row, 1, q, across, s, across}, at.last - at.first, across,
             a_.d, false);
+    if (a_.softcap) cap(s - P_ * across, (P_ + at.last - at.first) * across, a_.softcap);
     if (!a_.key_mask && !a_.causal && !a_.window) return;
     for (int64_t j = at.first; j < at.last; ++j, s += across) {
       const int64_t here = j - (a_.M - a_.N) - n;  // the query of the block that stands at key j
@@ -245,9 +246,10 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
     for (int64_t i = 0; i < across; i += kLanes) {
       const Lanes base = load(lse + i), less = load(delta + i);
       for (int64_t j = i; j < keys * across; j += across) {
-        const Lanes e = exponential(load(p + j) - base);
+        const Lanes s = load(p + j), e = exponential(s - base);
+        const Lanes by = a_.softcap ? slope(s, a_.softcap) * a_.scale : splat(a_.scale);
         store(p + j, e);
-        store(ds + j, e * (load(ds + j) - less) * a_.scale);
+        store(ds + j, e * (load(ds + j) - less) * by);
       }
     }
 

@@ -85,6 +85,7 @@ class Single {  // the work of one thread on some pairs of a sample and a key he
     score(at(a_.prompt_k, set, h_kv, 0), a_.prompt_k.row, P, scores_);
     float* s = scores_ + P * across_;
     score(at(a_.k, b, h_kv, first), a_.k.row, tokens, s);
+    if (a_.softcap) cap(scores_, (P + tokens) * across_, a_.softcap);
     for (int64_t j = 0; a_.key_mask && j < tokens; ++j)
       if (!a_.key_mask[b * a_.M + first + j])
         for (int64_t i = 0; i < across_; ++i) s[j * across_ + i] = -kInfinity;

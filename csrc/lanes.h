@@ -56,6 +56,21 @@ inline Lanes exponential(Lanes given) {
   return alive ? result : given != given ? given : Lanes{};
 }
 
+// tanh x to a few units in the last place: its series near 0, where a difference of exponentials
+// would lose it.
+inline Lanes hyperbolic_tangent(Lanes x) {
+  const Lanes square = x * x;
+  Lanes y = square * (-929569.0f / 638512875.0f) + 21844.0f / 6081075.0f;
+  y = y * square - 1382.0f / 155925.0f;
+  y = y * square + 62.0f / 2835.0f;
+  y = y * square - 17.0f / 315.0f;
+  y = y * square + 2.0f / 15.0f;
+  y = y * square - 1.0f / 3.0f;
+  const Lanes size = x < Lanes{} ? -x : x, e = exponential(size * -2.0f);
+  const Lanes large = (1.0f - e) / (1.0f + e);
+  return square < splat(0.25f) ? x + x * square * y : x < Lanes{} ? -large : large;
+}
+
 // A(m, k) = a[m * a_row + k * a_column]; rows of B and C are b_row and c_row apart.
 struct Factors {
   const float* a;

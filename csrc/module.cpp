@@ -137,7 +137,7 @@ Rows rows_at(const Address& a) { return {reinterpret_cast<void*>(a[0]), a[1], a[
 // The forward writes out and lse, the backward reads them and dout.
 void attention(const std::array<Address, 7>& inputs, const std::array<Address, 3>& gradients,
                const std::array<uintptr_t, 5>& addresses, const std::array<int64_t, 9>& sizes,
-               int64_t window, float scale, int dtype, bool causal, bool backward, bool tokens,
+               int64_t window, float scale, float softcap, int dtype, bool causal, bool backward, bool tokens,
                int parts, int threads, size_t variant) {
   struct Task {
     Attention attention;
@@ -156,7 +156,7 @@ void attention(const std::array<Address, 7>& inputs, const std::array<Address, 3
   a.lengths = reinterpret_cast<const int64_t*>(addresses[4]);
   a.B = sizes[0], a.H = sizes[1], a.heads_kv = sizes[2], a.N = sizes[3], a.M = sizes[4];
   a.P = sizes[5], a.d = sizes[6], a.sets = sizes[7], a.shares = sizes[8];
-  a.window = window, a.scale = scale, a.dtype = static_cast<Dtype>(dtype);
+  a.window = window, a.scale = scale, a.softcap = softcap, a.dtype = static_cast<Dtype>(dtype);
   a.causal = causal, a.tokens = tokens;
   int out_of_memory = 0;
   a.out_of_memory = &out_of_memory;
@@ -250,7 +250,7 @@ void select(const std::array<int64_t, 7>& addresses, const std::array<int64_t, 4
 
 PYBIND11_MODULE(_native, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled part of fastprompt; use it through fastprompt.native.";
-  m.attr("ABI") = 4;  // raised with every change of what native.py calls
+  m.attr("ABI") = 5;  // raised with every change of what native.py calls
   m.def("variants", &fastprompt::names, "Instruction sets that this machine runs, best first.");
   m.def("decode", &fastprompt::decode, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("multiply", &fastprompt::multiply, pybind11::call_guard<pybind11::gil_scoped_release>());

@@ -7,6 +7,18 @@
 namespace fastprompt {
 namespace {
 
+// s = c tanh(s / c), `count` whole vectors
+inline void cap(float* s, int64_t count, float c) {
+  for (int64_t i = 0; i < count; i += kLanes)
+    store(s + i, hyperbolic_tangent(load(s + i) * (1 / c)) * c);
+}
+
+// The slope of that, of what it gave; 0 of what is hidden.
+inline Lanes slope(Lanes capped, float c) {
+  const Lanes t = capped * (1 / c);
+  return capped > splat(-kInfinity) ? 1.0f - t * t : Lanes{};
+}
+
 // s = e^(s - top), with the highest score `top` and the sum `total` of each column.
 inline void exponentials(float* s, int64_t keys, int64_t across, float* top, float* total) {
   for (int64_t i = 0; i < across; i += kLanes) {

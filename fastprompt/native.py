@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ABI = 4  # csrc/module.cpp has the same; a module left from another version is not called
+ABI = 5  # csrc/module.cpp has the same; a module left from another version is not called
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/decode.h: Dtype
 
 
@@ -191,6 +191,7 @@ def attention(
     causal: bool,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
     key_mask: Tensor | None = None,
     prompt_index: Tensor | None = None,
     prompt_len: Tensor | None = None,
@@ -209,7 +210,8 @@ def attention(
             [S, Hkv, P, d], out, dout as q: float32 or bfloat16, any strides with a contiguous last
             axis. ``out`` is written, or read.
         lse: [B, H, N] contiguous float32, written, or read; -inf where a query saw nothing.
-        causal, scale, window, key_mask: as in `ops.prompt_attention`; key_mask [B, M] contiguous.
+        causal, scale, window, softcap, key_mask: as in `ops.prompt_attention`; key_mask [B, M]
+            contiguous.
         prompt_index, prompt_len: [B] and [S] contiguous int64, 0 .. S - 1 and 0 .. P: the set of
             each sample and the rows of each set. Not looked at here: see `options.check_values`.
         token_grads: (dq, dk, dv), written; None where tokens want none.
@@ -261,6 +263,7 @@ def attention(
         [B, H, Hkv, N, M, P, d, sets, shares],
         window or 0,
         scale,
+        softcap or 0.0,
         DTYPES[q.dtype],
         causal,
         dout is not None,

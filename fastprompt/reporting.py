@@ -98,8 +98,8 @@ def _backend(patch: Patch) -> str:
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     chosen = chosen_backend(like)
     rest = (
-        "; what that does not take (float16, 4-D masks, soft-capping, packed rows, fewer heads "
-        "than threads) goes to vendor"
+        "; what that does not take (float16, 4-D masks, packed rows, fewer heads than "
+        "threads) goes to vendor"
     )
     return f"auto: {chosen} (on {like.device.type})" + rest * (chosen == "native")
 

@@ -30,6 +30,8 @@ OPTIONS = {
     "causal": dict(causal=True, scale=-0.3),
     "window": dict(causal=True, window=9),
     "window both ways": dict(window=5),
+    "soft-capped": dict(softcap=1.5, causal=True),
+    "soft-capped, hardly": dict(softcap=50.0, window=9),
 }
 
 

@@ -18,7 +18,7 @@ def serves(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options, backward: bool = 
     """
     if q.dtype not in DTYPES or not native.available():
         return False
-    if (o.attn_mask, o.prompt_bias, o.softcap, o.cu_seqlens_q) != (None,) * 4:
+    if (o.attn_mask, o.prompt_bias, o.cu_seqlens_q) != (None,) * 3:
         return False
     if q.shape[2] == 1 and not backward:
         return True  # its keys are read where they lie
@@ -60,4 +60,4 @@ def _options(o: Options) -> dict:
     for name, t in given.items():
         if t is not None:
             given[name] = t.contiguous() if t.dtype == torch.bool else t.long().contiguous()
-    return dict(causal=o.causal, scale=o.scale, window=o.window, **given)
+    return dict(causal=o.causal, scale=o.scale, window=o.window, softcap=o.softcap, **given)
