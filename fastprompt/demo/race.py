@@ -26,7 +26,8 @@ from fastprompt.methods import M2PT
 from fastprompt.trained import trained_copy
 
 CONTENDERS = {
-    "side keys": "fastprompt",
+    "side keys": "fastprompt, memory='auto': on this machine all is kept",
+    "side keys, memory='low'": "fastprompt, of each block its input alone is kept",
     "concatenation": "rows written into every block, fastprompt's 4-bit products",
     "concatenation, bitsandbytes": "rows written into every block, bitsandbytes' products",
 }
@@ -56,8 +57,9 @@ def race(
 
 def _prepare(model: nn.Module, contender: str, method: M2PT) -> list[nn.Parameter]:
     torch.manual_seed(0)
-    if contender == "side keys":
-        return list(fastprompt.patch(model, method).trainable.values())
+    if contender.startswith("side keys"):
+        memory = "low" if "low" in contender else "auto"
+        return list(fastprompt.patch(model, method, memory=memory).trainable.values())
     prompts = concatenate(model, method)
     model.model.multi_modal_projector = trained_copy(model.model.multi_modal_projector)
     if contender == "concatenation":
