@@ -101,7 +101,7 @@ def test_save_and_load(features, tmp_path):
         other.load(tmp_path)
     assert other.classes() == ["x", "y", "z"]
     plain = build(kind="mixed", features=features)
-    with pytest.raises(ValueError, match=r"unknown \[.standard"):
+    with pytest.raises(ValueError, match="standardise: want True, got a model with False"):
         plain.load(tmp_path)
     more = build(kind="mixed", features=features, standardise=True, classes=["x", "y", "z"])
     more.set_classes(["p", "q"], exemplars(2), task="own")

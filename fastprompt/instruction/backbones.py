@@ -61,6 +61,9 @@ class TokenBackbone(nn.Module):
         pixel_values [B, 3, H, W]; tokens [B or 1, T, D], or None for the plain backbone.
         """
         anatomy, handles = self._anatomy, []
+        like = next(self.model.parameters())
+        if like.is_floating_point():  # timm's and open_clip's do not cast by themselves
+            pixel_values = pixel_values.to(like.dtype)
         if tokens is not None:
             # for this forward alone: the model stays as its owner knows it
             handles.append(self._hook(tokens))
@@ -153,6 +156,11 @@ def _of_transformers(model: PreTrainedModel) -> _Anatomy:
 def _of_timm(model: nn.Module) -> _Anatomy:
     if getattr(model, "cls_token", None) is None:
         raise ValueError(f"backbone: want a CLS token, got {type(model).__name__} without one")
+    if getattr(model, "rope", None) is not None:
+        raise ValueError(
+            f"backbone: want learned positions, got {type(model).__name__} with rotary ones, which "
+            "tokens of no place do not have"
+        )
     entry, run = model.norm_pre, model.forward_features
     side = _two(model.patch_embed.img_size or 224)  # None where any size goes
     return _Anatomy(model.embed_dim, entry, False, run, nn.Identity(), side)

@@ -54,7 +54,7 @@ class FeatureCache:
             for file in files:
                 content = self._hash(file, bad)
                 hashes.append(content)
-                if content is None or content in self._known | waiting | new:
+                if content is None or any(content in x for x in (self._known, waiting, new)):
                     continue
                 pixels = self._decode(file, bad)
                 if pixels is not None:

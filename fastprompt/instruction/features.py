@@ -1,5 +1,6 @@
 """Class features out of an encoder: from texts, and from exemplar images."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -14,16 +15,12 @@ BATCH = 64
 
 def check_names(names: Sequence[str]) -> None:
     """Raises ValueError for no class, a class without a name, or two of one name."""
-    if isinstance(names, str) or not len(names):
+    if isinstance(names, (str, set, frozenset)) or not len(names):
         raise ValueError(f"names: want a list of class names, got {names!r}")
     bad = [name for name in names if not isinstance(name, str) or not name.strip()]
     if bad:
         raise ValueError(f"names: want a text for every class, got {bad[0]!r}")
-    twice = (
-        sorted({name for name in names if list(names).count(name) > 1})
-        if (len(set(names)) < len(names))
-        else []
-    )
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(
             f"names: want every class once, got {', '.join(map(repr, twice[:3]))} twice"

@@ -123,6 +123,8 @@ class InstructionViT(nn.Module):
         trains = encoder.text_parameters() if features == "encoder" else []
         if not all(p.is_floating_point() for p in trains):
             raise ValueError("features='encoder': want a dense text tower, got a 4-bit one")
+        if train_backbone and not all(p.is_floating_point() for p in backbone.parameters()):
+            raise ValueError("train_backbone: want a dense backbone, got a 4-bit one")
 
         own = [*encoder.modules(), *backbone.modules()]
         self.__dict__["_was"] = (
@@ -130,19 +132,24 @@ class InstructionViT(nn.Module):
             [(module, module.training) for module in own],
             linear4bit.adopt(encoder),
         )
+        try:
+            self.backbone = TokenBackbone(backbone, token_order)
+            width = self.backbone.width
+            wants = encoder.width != width if projection is None else projection
+            if not wants and encoder.width != width:
+                raise ValueError(f"projection: want one from {encoder.width} to {width}, got False")
+            # without prompts there is nothing to project
+            wants = wants and kind != "none"
+            self.projection = _projection(encoder.width, width) if wants else nn.Identity()
+            shrinks = min(1.0, width / encoder.width) ** 0.5  # what the projection leaves of a norm
+            norm = 1.0 if kind == "none" else self.backbone.token_norm() / shrinks
+        except BaseException:
+            self.release()
+            raise
         self.encoder = encoder.requires_grad_(False)  # first: it may hold the backbone
-        self.backbone = TokenBackbone(backbone, token_order).requires_grad_(train_backbone)
+        self.backbone.requires_grad_(train_backbone)
         for p in trains:
             p.requires_grad_(True)
-        width = self.backbone.width
-        wants = encoder.width != width if projection is None else projection
-        if not wants and encoder.width != width:
-            raise ValueError(f"projection: want one from {encoder.width} to {width}, got False")
-        # without prompts there is nothing to project
-        wants = wants and kind != "none"
-        self.projection = _projection(encoder.width, width) if wants else nn.Identity()
-        shrinks = min(1.0, width / encoder.width) ** 0.5  # what the projection leaves of a norm
-        norm = 1.0 if kind == "none" else self.backbone.token_norm() / shrinks
         self.register_buffer("gain", torch.tensor(token_scale * norm))  # from unit rows to tokens
         self.standard = Standard(width) if standardise else None
         self.kind, self.features, self.templates = kind, features, tuple(templates)
@@ -180,12 +187,13 @@ class InstructionViT(nn.Module):
             head: give the task a new head, which must train (None: while the model is in training
                 mode; a head of the same classes stays). Without one it is predicted by cosine.
 
-        Parameters are new, so an optimiser made before does not know them.
+        Parameters are new, so an optimiser made before does not know them; rows that had trained
+        begin again as the encoder's features.
 
         Raises:
             ValueError: no or doubled names, missing exemplars, features that are not finite.
         """
-        if not task or "." in task or hasattr(nn.ModuleDict, task):
+        if not isinstance(task, str) or not task or "." in task or hasattr(nn.ModuleDict, task):
             raise ValueError(
                 f"task: want a name without a dot, and none of nn.ModuleDict's own; got {task!r}"
             )
@@ -195,7 +203,8 @@ class InstructionViT(nn.Module):
         same = task in self.tasks and self.tasks[task].names == prompts.names
         device = next(self.backbone.parameters()).device
         self.tasks[task] = prompts.to(device)
-        if head is None and same:
+        self._kept_rows.pop(task, None)
+        if head is None and same and (task in self.heads or not self.training):
             return
         if self.training if head is None else head:
             self.heads[task] = Head(self.backbone.width, len(names)).to(device)
@@ -329,9 +338,9 @@ class InstructionViT(nn.Module):
         return self.encoder.encode_images(pixels).float()
 
     def _check_query(self, query: Tensor, B: int) -> None:
-        if query.shape != (B, self.encoder.width):
-            want = [B, self.encoder.width]
-            raise ValueError(f"query: want {want}, got {list(query.shape)}")
+        if not isinstance(query, Tensor) or query.shape != (B, self.encoder.width):
+            got = list(query.shape) if isinstance(query, Tensor) else type(query).__name__
+            raise ValueError(f"query: want {[B, self.encoder.width]}, got {got}")
         if query.device.type == "cpu" and not query.isfinite().all():
             raise ValueError("query: want finite image features, got NaN or infinity")
 
@@ -356,7 +365,8 @@ class InstructionViT(nn.Module):
         """
         flags, modes, adopted = self._was
         linear4bit.release(adopted)
-        linear4bit.release(self.backbone.adopted)
+        if "backbone" in self._modules:
+            linear4bit.release(self.backbone.adopted)
         for p, flag in flags:
             p.requires_grad_(flag)
         for module, mode in modes:
@@ -364,10 +374,14 @@ class InstructionViT(nn.Module):
 
     def gradient_checkpointing_enable(self, **options: object) -> None:
         """The backbone's own, which Trainer's ``gradient_checkpointing=True`` calls."""
-        self.backbone.model.gradient_checkpointing_enable(**options)
+        model = self.backbone.model
+        if hasattr(model, "gradient_checkpointing_enable"):
+            model.gradient_checkpointing_enable(**options)
+        else:  # timm's and open_clip's
+            getattr(model, "visual", model).set_grad_checkpointing(True)
 
     def _task(self, task: str) -> ClassPrompts:
-        if task not in self.tasks:
+        if not isinstance(task, str) or task not in self.tasks:
             has = ", ".join(map(repr, self.tasks)) or "none: set_classes first"
             raise ValueError(f"task: want one of {has}; got {task!r}")
         return self.tasks[task]

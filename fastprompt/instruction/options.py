@@ -31,8 +31,10 @@ def check_options(
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise ValueError(f"{name}: want a whole number of at least 1, or None; got {k!r}")
     for name, number in (("temperature", temperature), ("token_scale", token_scale)):
-        if not number > 0:
-            raise ValueError(f"{name}: want a number above 0, got {number!r}")
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{name}: want a finite number above 0, got {number!r}")
+    if not 0 <= alignment < float("inf"):
+        raise ValueError(f"alignment: want a finite number of at least 0, got {alignment!r}")
     if kind == "none" and predict != "head":
         raise ValueError(f"predict: want 'head' without prompts, got {predict!r}")
     if features == "encoder" and kind not in ("text", "mixed"):

@@ -1,6 +1,7 @@
 """An `InstructionViT` on disk: what trains, and the classes with the encoder's features of them."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 FILE = "instruction.safetensors"
 FORMAT = 2  # 1 had no gain
-OPTIONS = ("alignment", "temperature", "train_k", "train_others", "top_k", "predict")  # to know
+OPTIONS = ("alignment", "temperature", "train_k", "train_others", "top_k", "predict")
 
 
 def save(model: "InstructionViT", folder: str | Path) -> Path:
@@ -33,6 +34,7 @@ def save(model: "InstructionViT", folder: str | Path) -> Path:
         "widths": [model.encoder.width, model.backbone.width],
         "encoder": model.encoder.fingerprint,
         "token_order": model.backbone.order,
+        "standardise": model.standard is not None,
         "backbone": base_sample(model.backbone),
         "options": {name: getattr(model, name) for name in OPTIONS},
         "tasks": {
@@ -58,15 +60,21 @@ def load(model: "InstructionViT", folder: str | Path) -> None:
         raise ValueError(f"{path}: want a whole safetensors file; {error}") from error
     if card.get("format") != FORMAT:
         raise ValueError(f"{path}: want format {FORMAT}, got {card.get('format')}")
+    card.setdefault("standardise", False)
     for what, here in (
         ("kind", model.kind),
         ("features", model.features),
         ("widths", [model.encoder.width, model.backbone.width]),
         ("token_order", model.backbone.order),
+        ("standardise", model.standard is not None),
         ("encoder", None if model.features == "encoder" else model.encoder.fingerprint),
     ):
         if here is not None and card[what] != here:
             raise ValueError(f"{path}: {what}: want {card[what]!r}, got a model with {here!r}")
+    other = {n: x for n, x in card["options"].items() if n in OPTIONS and x != getattr(model, n)}
+    if other:
+        here = {name: getattr(model, name) for name in other}
+        warnings.warn(f"{path} was saved with {other}; this model has {here}", stacklevel=3)
     if not same_base(card["backbone"], base_sample(model.backbone)):
         raise ValueError(f"{path}: was trained on another backbone than this one")
     before = dict(model.tasks), dict(model.heads)
@@ -88,6 +96,7 @@ def load(model: "InstructionViT", folder: str | Path) -> None:
         )
         own = {n: t for n, t in _own(model).items() if not n.startswith(others)}
         _fill(path, own, tensors)
+        model._kept_rows.clear()
     except BaseException:
         for holder, old in zip((model.tasks, model.heads), before, strict=True):
             holder.clear()

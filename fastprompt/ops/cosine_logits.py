@@ -8,6 +8,8 @@ cross-entropy of these logits beside that of its head. Tokens of a batch are rea
 a Triton kernel on CUDA; one set of tokens for the whole batch is two of the vendor's products.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,18 @@ def _by_triton(cls: Tensor, tokens: Tensor, backend: str) -> bool:
     return backend == "triton" or (backend == "auto" and cls.device.type == "cuda")
 
 
+def _without_autocast(run):
+    """A cosine is float32's to compute, whatever autocast would make of its products."""
+
+    @functools.wraps(run)
+    def wrapped(first, *rest):
+        with torch.autocast(first.device.type, enabled=False):
+            return run(first, *rest)
+
+    return wrapped
+
+
+@_without_autocast
 def _forward(cls, tokens, backend):
     if _by_triton(cls, tokens, backend):
         from fastprompt.ops import cosine_logits_triton as triton
@@ -51,6 +65,7 @@ def _forward(cls, tokens, backend):
     return reference.cosine_logits(cls, tokens, 1.0)
 
 
+@_without_autocast
 def _backward(dout, cls, tokens, backend):
     if _by_triton(cls, tokens, backend):
         from fastprompt.ops import cosine_logits_triton as triton
@@ -116,7 +131,8 @@ def cosine_logits(
     """
     _check(cls, tokens, scale, backend)
     if torch.float64 in (cls.dtype, tokens.dtype) or backend == "reference":
-        return reference.cosine_logits(cls, tokens, scale)
+        with torch.autocast(cls.device.type, enabled=False):
+            return reference.cosine_logits(cls, tokens, scale)
     return scale * _Cosines.apply(*distinct(cls, tokens, backend))
 
 

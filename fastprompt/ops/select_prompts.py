@@ -67,8 +67,9 @@ def _select(query, keys, prompts, k, rest, key_scale, total, backend):
         return triton.forward(*arguments)
     if backend == "native" and compiled.serves(query, keys, prompts, k):
         return compiled.forward(*arguments)
-    indices, scores = plain.top_k(query, keys, k, key_scale)
-    return plain.gather(prompts, indices, rest, total), indices, scores
+    with torch.autocast(query.device.type, enabled=False):  # the order is that of float32 cosines
+        indices, scores = plain.top_k(query, keys, k, key_scale)
+        return plain.gather(prompts, indices, rest, total), indices, scores
 
 
 for _key in ("CPU", "CUDA"):
@@ -101,7 +102,10 @@ class _SelectPrompts(torch.autograd.Function):
             dprompts = _prompts_gradient(dtokens, indices, shape[0], ctx.rest)
             dprompts = dprompts.to(dtype).view(shape)
         if (wants_query or wants_keys) and dscores is not None:
-            dquery, dkeys = _score_gradients(dscores, query, keys, key_scale, indices, wants_keys)
+            with torch.autocast(query.device.type, enabled=False):
+                dquery, dkeys = _score_gradients(
+                    dscores, query, keys, key_scale, indices, wants_keys
+                )
         return dquery if wants_query else None, dkeys, dprompts, *[None] * 5
 
 
@@ -191,7 +195,9 @@ def select_prompts(
     _check(query, keys, prompts, k, rest, key_scale, total)
     _check_backend(query, k, backend)
     if query.dtype == torch.float64 or backend == "reference":
-        return reference.select_prompts(query, keys, prompts, k, rest=rest, key_scale=key_scale)
+        options = dict(rest=rest, key_scale=key_scale)
+        with torch.autocast(query.device.type, enabled=False):
+            return reference.select_prompts(query, keys, prompts, k, **options)
     adds_mean = rest is not None and k < len(keys)
     arguments = (query, keys, prompts, k, adds_mean, key_scale, total, backend)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, prompts)):

@@ -85,6 +85,10 @@ class Pool:
         if images is None:
             return None  # the forward itself says what it lacks
         query = self._query(args, kwargs) if self.given is None else self._given(len(images))
+        # where asking is free, and not the compiler's to answer
+        asks = query.device.type == "cpu" and not torch.compiler.is_compiling()
+        if asks and not query.isfinite().all():
+            raise ValueError("query: want finite image features, got NaN or infinity")
         # cosines decide, and a bfloat16 product would decide otherwise
         with torch.autocast(query.device.type, enabled=False):
             self.choice, self.loss = self.method.choose(query, self)

@@ -127,7 +127,9 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
     return (scores.argmax(1) == labels).float().mean().item()
 
 
-def linear_probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
+def linear_probe(
+    train: Tensor, labels: Tensor, test: Tensor, classes: int, penalty: float = 1e-3
+) -> Tensor:
     """Logits [n, classes] of a logistic regression on frozen features, trained to its end."""
     mean, std = train.mean(0), train.std(0) + 1e-6
     head = nn.Linear(train.shape[1], classes)
@@ -136,7 +138,7 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> T
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(head(x), labels) + 1e-3 * head.weight.square().sum()
+        loss = F.cross_entropy(head(x), labels) + penalty * head.weight.square().sum()
         loss.backward()
         return loss
 

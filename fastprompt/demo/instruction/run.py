@@ -28,7 +28,7 @@ from fastprompt.demo.instruction.large_run import (
 )
 from fastprompt.demo.instruction.learning import Recipe
 
-PARTS = ("recipe", "small", "large", "adapt")
+PARTS = ("recipe", "baselines", "small", "adapt", "large", "unseen")
 
 
 def main(arguments: list[str]) -> None:
@@ -60,13 +60,16 @@ def main(arguments: list[str]) -> None:
     with console.status("emoji artwork: downloading, converting, encoding"):
         art = Artwork(_some(emoji.load(cache), given.classes), encoder)
     steps = lambda n: max(2, round(n * given.length))  # noqa: E731
-    if {"recipe", "small", "adapt"} & set(given.parts):
+    if {"recipe", "baselines", "small", "adapt"} & set(given.parts):
         art.fit(torch.arange(len(art.emoji.names)))
         with console.status("the small task"):
             bench = small_run.Bench(encoder, given.train, given.test, cache)
     if "recipe" in given.parts:
         kinds = ("none", "mixed", "VPT")
         part("recipes", lambda: small_run.recipes(bench, steps(100), kinds, say))
+    if "baselines" in given.parts:
+        part("baselines", bench.baselines)
+        say(str(record["parts"]["baselines"]))
     if "small" in given.parts:
         part("kinds", lambda: small_run.kinds(bench, Recipe(steps(300)), given.seeds, say))
     if "adapt" in given.parts:
@@ -78,6 +81,7 @@ def main(arguments: list[str]) -> None:
         part("selection", lambda: selecting(art, recipe, ks, given.images, cache, say))
         few = min(100, len(art.emoji.names))
         part("all or some", lambda: all_or_some(art, Recipe(steps(200), **RATES), few, cache, say))
+    if "unseen" in given.parts:
         unseen = Recipe(steps(500), **UNSEEN_RATES)
         # last: it fits the encoder's map to a part of the classes
         part("base and new", lambda: base_and_new(art, unseen, cache, say))

@@ -28,6 +28,7 @@ CANDIDATES: dict[str, tuple[dict, dict]] = {
     "token scale 0.3": ({}, dict(token_scale=0.3)),
     "token scale 3": ({}, dict(token_scale=3.0)),
 }
+PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of the linear probe
 WATCHED = (0, 10, 30, 100, 300, 1000)
 
 
@@ -40,7 +41,8 @@ class Bench:
         self.train_pixels = normalised(self.data.train.images)
         self.validation_pixels = normalised(self.data.validation.images)
         self.test_pixels = normalised(self.data.test.images)
-        self.seen = encoder.seen(self.train_pixels), encoder.seen(self.test_pixels)
+        every = (self.train_pixels, self.test_pixels, self.validation_pixels)
+        self.seen = tuple(encoder.seen(pixels) for pixels in every)
         self.classes = len(self.data.names)
 
     def shots(self, count: int) -> list[Tensor]:
@@ -49,21 +51,29 @@ class Bench:
         return [(labels == c).nonzero().flatten()[:count] for c in range(self.classes)]
 
     def baselines(self, places: Tensor | None = None) -> dict[str, float]:
-        """Linear probe and nearest prototype, of all training images or those at ``places``."""
+        """Linear probe and nearest prototype, of all training images or those at ``places``.
+
+        The probe's penalty is picked on the validation images, as the models' recipes were.
+        """
         x, labels = self.seen[0], self.data.train.labels
         if places is not None:
             x, labels = x[places], labels[places]
         cls = x.shape[1] // 2  # what was seen is CLS, then the mean patch; heads read CLS
-        ways = {
-            "linear probe": (learning.linear_probe, cls),
-            "linear probe, patches too": (learning.linear_probe, 2 * cls),
-            "nearest prototype": (learning.nearest_prototype, cls),
-        }
+        _, test, validation = self.seen
         found = {}
-        for name, (way, width) in ways.items():
-            got = way(x[:, :width], labels, self.seen[1][:, :width], self.classes)
-            found[name] = accuracy(got, self.data.test.labels)
-        return found
+        for name, width in {"linear probe": cls, "linear probe, patches too": 2 * cls}.items():
+            given = x[:, :width], labels
+
+            def probe(of: Tensor, penalty: float, given=given, width=width) -> Tensor:
+                return learning.linear_probe(*given, of[:, :width], self.classes, penalty)
+
+            right = {
+                p: accuracy(probe(validation, p), self.data.validation.labels) for p in PENALTIES
+            }
+            best = max(right, key=right.__getitem__)
+            found[name] = accuracy(probe(test, best), self.data.test.labels)
+        got = learning.nearest_prototype(x[:, :cls], labels, test[:, :cls], self.classes)
+        return found | {"nearest prototype": accuracy(got, self.data.test.labels)}
 
     def run(
         self,
