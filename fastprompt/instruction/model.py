@@ -75,8 +75,9 @@ class InstructionViT(nn.Module):
         temperature: of the cosine logits.
         token_order: one of `backbones.ORDERS`.
         train_k: classes kept for each image in training: its own, train_k - 1 others, and the
-            mean of the rest; None: all. 16 by score tested best on 100 classes (README: 0.47, all
-            0.40, 16 at random 0.40; one seed) at a third of the time; up to 16 classes it is all.
+            mean of the rest; None: all. On 100 classes 16, by score or at random, tested as well as
+            all at a third of the time (README: 0.60, 0.60, all 0.59; one seed); up to 16 classes it
+            is all.
         train_others: "score" keeps those the encoder finds likeliest, "random" any.
         top_k: classes kept for each image in evaluation, by the encoder's scores; None: all, and
             of a task with no more classes than that all, too. Test as you train: a model trained
@@ -88,7 +89,8 @@ class InstructionViT(nn.Module):
 
     Backbone and encoder are the caller's own modules: frozen in place, the encoder in evaluation
     mode whatever the model is in; `release` gives them back. A state dict (and so a
-    checkpoint of Trainer's) holds both; what `save` writes does not.
+    checkpoint of Trainer's) holds both; what `save` writes does not. Several tasks in turn under
+    DDP want its ``find_unused_parameters=True``.
 
     Raises:
         ValueError: an option or a backbone that is not served.
