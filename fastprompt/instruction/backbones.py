@@ -104,6 +104,14 @@ class TokenBackbone(nn.Module):
             handle.remove()
         return norms[0]
 
+    def gradient_checkpointing_enable(self, **options: object) -> None:
+        """transformers' own; timm's and open_clip's take no options."""
+        model = self.model
+        if hasattr(model, "gradient_checkpointing_enable"):
+            model.gradient_checkpointing_enable(**options)
+        else:
+            getattr(model, "visual", model).set_grad_checkpointing(True)
+
     def _hook(self, tokens: Tensor) -> RemovableHandle:
         thread = threading.get_ident()
 

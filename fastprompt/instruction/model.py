@@ -17,7 +17,13 @@ from fastprompt.instruction.encoders import Encoder
 from fastprompt.instruction.features import TEMPLATE
 from fastprompt.instruction.head import Head
 from fastprompt.instruction.kept import kept_classes, kept_rows
-from fastprompt.instruction.options import PREDICT, check_labels, check_options, one_of
+from fastprompt.instruction.options import (
+    PREDICT,
+    check_labels,
+    check_options,
+    check_query,
+    one_of,
+)
 from fastprompt.instruction.standard import Standard
 
 
@@ -303,7 +309,7 @@ class InstructionViT(nn.Module):
         ):
             query = self._encode(pixels if encoder_pixels is None else encoder_pixels)
         if query is not None:
-            self._check_query(query, len(pixels))
+            check_query(query, len(pixels), self.encoder.width)
         if self.training and labels is not None:
             indices = kept_classes(query, prompts.keys, labels, k, self.train_others)
             return kept_rows(rows, indices), indices
@@ -339,13 +345,6 @@ class InstructionViT(nn.Module):
     def _encode(self, pixels: Tensor) -> Tensor:
         return self.encoder.encode_images(pixels).float()
 
-    def _check_query(self, query: Tensor, B: int) -> None:
-        if not isinstance(query, Tensor) or query.shape != (B, self.encoder.width):
-            got = list(query.shape) if isinstance(query, Tensor) else type(query).__name__
-            raise ValueError(f"query: want {[B, self.encoder.width]}, got {got}")
-        if query.device.type == "cpu" and not query.isfinite().all():
-            raise ValueError("query: want finite image features, got NaN or infinity")
-
     def _loss(self, by_head, cosine, indices, labels: Tensor) -> Tensor:
         loss = labels.new_zeros((), dtype=torch.float32)
         if by_head is not None:
@@ -376,11 +375,7 @@ class InstructionViT(nn.Module):
 
     def gradient_checkpointing_enable(self, **options: object) -> None:
         """The backbone's own, which Trainer's ``gradient_checkpointing=True`` calls."""
-        model = self.backbone.model
-        if hasattr(model, "gradient_checkpointing_enable"):
-            model.gradient_checkpointing_enable(**options)
-        else:  # timm's and open_clip's
-            getattr(model, "visual", model).set_grad_checkpointing(True)
+        self.backbone.gradient_checkpointing_enable(**options)
 
     def _task(self, task: str) -> ClassPrompts:
         if not isinstance(task, str) or task not in self.tasks:

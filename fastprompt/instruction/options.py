@@ -55,3 +55,12 @@ def check_labels(labels: Tensor | None, B: int, C: int) -> None:
         raise ValueError(
             f"labels: want 0 .. {C - 1}, got {int(labels.min())} .. {int(labels.max())}"
         )
+
+
+def check_query(query: Tensor, B: int, width: int) -> None:
+    """Raises ValueError for a query of another shape, or (on the CPU) with what is no number."""
+    if not isinstance(query, Tensor) or query.shape != (B, width):
+        got = list(query.shape) if isinstance(query, Tensor) else type(query).__name__
+        raise ValueError(f"query: want {[B, width]}, got {got}")
+    if query.device.type == "cpu" and not query.isfinite().all():
+        raise ValueError("query: want finite image features, got NaN or infinity")
