@@ -47,22 +47,6 @@ def test_a_backbone_of_low_precision_under_float32(dtype):
     assert all(p.grad.isfinite().all() and p.grad.any() for p in trains)
 
 
-@pytest.mark.filterwarnings("ignore:predicting from a head")
-def test_cls_is_standardised_by_what_training_saw():
-    model = build(kind="text", standardise=True).eval()
-    labels = torch.arange(4)
-    before = model(images(), labels, details=True)  # statistics are of training alone ...
-    assert torch.allclose(before.logits, model.heads["default"](before.cls), atol=1e-5)
-    model.train()
-    seen = torch.cat([model(images(seed=s), labels, details=True).cls for s in range(3)])
-    model.eval()
-    out = model(images(), details=True)
-    want = (out.cls - seen.mean(0)) / seen.std(0, correction=0)
-    assert torch.allclose(out.logits, model.heads["default"](want), atol=1e-3)
-    cosine = F.cosine_similarity(want[:, None], out.prompts, dim=-1) / model.temperature
-    assert torch.allclose(out.cosine_logits, cosine, atol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("features", "trains"),
     [

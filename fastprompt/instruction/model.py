@@ -17,13 +17,7 @@ from fastprompt.instruction.encoders import Encoder
 from fastprompt.instruction.features import TEMPLATE
 from fastprompt.instruction.head import Head
 from fastprompt.instruction.kept import kept_classes, kept_rows
-from fastprompt.instruction.options import (
-    PREDICT,
-    check_labels,
-    check_options,
-    check_query,
-    one_of,
-)
+from fastprompt.instruction.options import PREDICT, check_labels, check_options, check_query, one_of
 from fastprompt.instruction.standard import Standard
 
 
