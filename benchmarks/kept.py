@@ -4,12 +4,13 @@
 
 transformers' own layers at their real widths, frozen, in bfloat16 with SDPA on the CPU: the
 storages that autograd saves, each once, at two lengths; without weights, and without the rotary
-angles that all layers share. Ours: what the policies
-say (`tests/test_blocks_memory.py` counts that they keep just this).
+angles that all layers share. Ours: what the policies say (`tests/test_blocks_memory.py` counts that
+they keep just this).
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import transformers as tf
@@ -34,7 +35,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def saved_bytes(run: Callable[[], Tensor], shared: list[Tensor]) -> int:
+def saved_bytes(run: Callable[[], Any], shared: Sequence[Tensor] = ()) -> int:
     """Bytes of the storages that ``run`` saves for backward, but for those that are ``shared``."""
     left_out = {t.untyped_storage().data_ptr() for t in shared}
     found: dict[int, int] = {}

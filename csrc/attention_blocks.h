@@ -14,6 +14,7 @@ namespace fastprompt {
 namespace {
 
 constexpr int64_t kBlock = 64;  // queries at once
+
 // One float32 row after another, as a factor wants them.
 struct Matrix {
   float* data;
@@ -60,7 +61,8 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
       for (int64_t h = h_kv * groups; h < (h_kv + 1) * groups; ++h)
         for (int64_t n = 0; n < a_.N; n += step_) {
           float* mark = scratch_.mark();
-          backward_ ? differentiate(b, h, n, least(n + step_, a_.N)) : answer(b, h, n, least(n + step_, a_.N));
+          const int64_t end = least(n + step_, a_.N);
+          backward_ ? differentiate(b, h, n, end) : answer(b, h, n, end);
           scratch_.release(mark);
         }
       if (a_.tokens) {

@@ -137,8 +137,8 @@ Rows rows_at(const Address& a) { return {reinterpret_cast<void*>(a[0]), a[1], a[
 // The forward writes out and lse, the backward reads them and dout.
 void attention(const std::array<Address, 7>& inputs, const std::array<Address, 3>& gradients,
                const std::array<uintptr_t, 5>& addresses, const std::array<int64_t, 9>& sizes,
-               int64_t window, float scale, float softcap, int dtype, bool causal, bool backward, bool tokens,
-               int parts, int threads, size_t variant) {
+               int64_t window, float scale, float softcap, int dtype, bool causal, bool backward,
+               bool tokens, int parts, int threads, size_t variant) {
   struct Task {
     Attention attention;
     Attend attend;

@@ -163,7 +163,7 @@ class GraphedTrainer(Trainer):
             trained = [p for p in model.parameters() if p.requires_grad]
             self.graphs = GraphedStep(run, trained)
         inputs = self._prepare_inputs(inputs)
-        if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(self.args.device)
+        if num_items_in_batch is not None:  # a number would be a graph of its own each time
+            num_items_in_batch = torch.as_tensor(num_items_in_batch, device=self.args.device)
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
         return self.graphs({**inputs, "num_items_in_batch": num_items_in_batch}, key=steps)

@@ -23,10 +23,12 @@ class Norm(NamedTuple):
     residual: bool = False
     weight: torch.dtype = FP32
     gap: int = 0  # between rows
+    out: torch.dtype | None = None  # of y and dy, where x is a wider residual stream
 
     def launch(self):
         x, r, dy = _rows(3, self.D, self.dtype, self.gap)
         y, total, dx = torch.empty(3, 2, 5, self.D, dtype=self.dtype)
+        y, dy = (t.to(self.out or self.dtype) for t in (y, dy))
         weight = bias = mean = None
         if self.kind != "bare":
             weight = torch.empty(self.D, dtype=self.weight)
@@ -115,6 +117,8 @@ CASES = [
     Norm(FP16, MOST_CHANNELS - 3, "layer", residual=True, gap=1),
     Norm(FP32, 1, "layer", residual=True, gap=1),
     Norm(BF16, 77, "gemma", residual=True, gap=1),
+    *(Norm(FP32, 4096, kind, weight=BF16, out=BF16) for kind in ("rms", "gemma", "layer")),
+    Norm(FP32, MOST_CHANNELS, residual=True, weight=FP16, out=FP16),
     Activation(BF16, 11008),
     Activation(BF16, 11008, gap=11008),
     Activation(FP16, 9216, "gelu_tanh", gap=9216),

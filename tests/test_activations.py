@@ -4,10 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from backends import every_backend, every_pair, saved_bytes
+from backends import every_backend, every_pair
 from compare import assert_as_accurate
 from transformers.activations import ACT2FN
 
+from benchmarks.kept import saved_bytes
 from fastprompt.ops import gelu, reference, swiglu
 from fastprompt.ops.gelu import KINDS
 from fastprompt.ops.gelu import backward as gelu_backward

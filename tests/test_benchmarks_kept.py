@@ -30,4 +30,4 @@ def test_storages_are_counted_once_and_shared_ones_not():
         return y * (y * shared)
 
     assert kept.saved_bytes(run, [shared]) == 2 * 4 * 8 * 4  # y, and y · shared
-    assert kept.saved_bytes(run, []) == 3 * 4 * 8 * 4
+    assert kept.saved_bytes(run) == 3 * 4 * 8 * 4

@@ -109,15 +109,20 @@ def test_the_same_losses(fake, set_to_none, accumulate):
     assert step.reason is None and len(fake) == 2  # one graph a shape
 
 
-def test_gradients_that_someone_else_put_there_are_added_to(fake):
-    x = torch.ones(3, requires_grad=True, device=DEVICE)
+def product(size, **options):
+    """Ones [size] that train, and a step whose loss is ``times`` the sum of them times ``a``."""
+    x = torch.ones(size, requires_grad=True, device=DEVICE)
 
-    def run(a):
-        loss = (x * a).sum()
+    def run(a, times=1):
+        loss = (x * a).sum() * times
         loss.backward()
         return loss
 
-    step = GraphedStep(run, [x])
+    return x, GraphedStep(run, [x], **options)
+
+
+def test_gradients_that_someone_else_put_there_are_added_to(fake):
+    x, step = product(3)
     a = torch.tensor([1.0, 2.0, 3.0], device=DEVICE)
     step(dict(a=a))
     x.grad = torch.full((3,), 10.0, device=DEVICE)
@@ -126,14 +131,7 @@ def test_gradients_that_someone_else_put_there_are_added_to(fake):
 
 
 def test_a_loss_is_not_overwritten_by_the_next(fake):
-    x = torch.ones(1, requires_grad=True, device=DEVICE)
-
-    def run(a):
-        loss = (x * a).sum()
-        loss.backward()
-        return loss
-
-    step = GraphedStep(run, [x])
+    _, step = product(1)
     first, second = (step(dict(a=torch.tensor([v], device=DEVICE))) for v in (2.0, 5.0))
     assert (first.item(), second.item()) == (2, 5)
 
@@ -154,14 +152,7 @@ def test_random_numbers_are_those_without_a_graph(fake):
 
 
 def test_more_shapes_than_are_kept_run_as_they_are(fake):
-    x = torch.ones(1, requires_grad=True)
-
-    def run(a):
-        loss = (x * a.sum()).sum()
-        loss.backward()
-        return loss
-
-    step = GraphedStep(run, [x], most=1)
+    _, step = product(1, most=1)
     step(dict(a=torch.ones(2)))
     assert step.reason is None
     assert step(dict(a=torch.ones(3))).item() == 3
@@ -171,14 +162,7 @@ def test_more_shapes_than_are_kept_run_as_they_are(fake):
 
 
 def test_other_values_are_another_graph(fake):
-    x = torch.ones(1, requires_grad=True)
-
-    def run(a, times):
-        loss = (x * a).sum() * times
-        loss.backward()
-        return loss
-
-    step = GraphedStep(run, [x])
+    _, step = product(1)
     assert [step(dict(a=torch.ones(1), times=n)).item() for n in (1, 2, 1)] == [1, 2, 1]
     assert len(fake) == 2
 

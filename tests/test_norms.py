@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from backends import every_backend, every_pair, saved_bytes
+from backends import every_backend, every_pair
 from compare import assert_as_accurate
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from benchmarks.kept import saved_bytes
 from fastprompt.ops import layer_norm, reference, rms_norm
 from fastprompt.ops.checks import MOST_CHANNELS
 from fastprompt.ops.layer_norm import backward as layer_backward

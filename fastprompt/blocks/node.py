@@ -52,7 +52,7 @@ class _FrozenBlock(torch.autograd.Function):
         ctx.plan, ctx.sent = plan, None
         keeps_x = ctx.needs_input_grad[0] or plan.policy in ("low", "offload")
         kept = [x if keeps_x else None]
-        if plan.policy == "offload":
+        if plan.policy == "offload" and x.device.type == "cuda":  # on the CPU it is there already
             ctx.sent = plan.host.send(x, plan.index)
             kept = [ctx.sent.pinned]
         if plan.policy in ("speed", "balanced"):

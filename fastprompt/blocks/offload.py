@@ -2,8 +2,7 @@
 
 Forward sends each block's input to pinned memory on a stream of its own, beside the block that
 reads it. Backward, which meets the blocks in the opposite order, fetches a block's input while the
-block after it is computed, so that on the device lie two inputs at most. Where no device is there
-to be spared (the CPU) an input stays what it is.
+block after it is computed, so that on the device lie two inputs at most.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ class Sent:
     """One block's input on the host.
 
     Attributes:
-        pinned: [B, N, D] there, or on the CPU the input itself; None once it was fetched.
+        pinned: [B, N, D] there; None once it was fetched.
         index: the block's place in its tower.
         before: what the block before sent, to be fetched next.
         copy: on its way back to the device, or there; ``done`` says which.
@@ -29,14 +28,14 @@ class Sent:
     pinned: Tensor | None
     index: int
     device: torch.device
-    stream: torch.cuda.Stream | None
+    stream: torch.cuda.Stream
     before: Sent | None = None
     copy: Tensor | None = None
     done: torch.cuda.Event | None = None
 
     def start(self) -> None:
         """Begin to fetch it; a second time nothing happens."""
-        if self.copy is not None or self.pinned is None or self.stream is None:
+        if self.copy is not None or self.pinned is None:
             return
         with torch.cuda.stream(self.stream):  # after what was sent, on the same stream
             self.copy = self.pinned.to(self.device, non_blocking=True)
@@ -49,8 +48,6 @@ class Sent:
         ``saved`` is what autograd kept of it: the pinned memory itself, unless hooks on saved
         tensors (or a second backward) have put something else in its place.
         """
-        if self.stream is None:
-            return saved
         if self.pinned is None or saved.data_ptr() != self.pinned.data_ptr():
             x = saved.to(self.device, non_blocking=True)
         else:
@@ -74,9 +71,7 @@ class Host:
         self._last: weakref.ref[Sent] | None = None
 
     def send(self, x: Tensor, index: int) -> Sent:
-        """A copy of ``x`` in pinned memory, under way; on the CPU ``x`` itself."""
-        if x.device.type != "cuda":
-            return Sent(x, index, x.device, None)
+        """A copy of ``x``, on a CUDA device, in pinned memory, under way."""
         last = None if self._last is None else self._last()
         stream = self._stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))  # x is being computed there
@@ -84,6 +79,8 @@ class Host:
         with torch.cuda.stream(stream):
             pinned.copy_(x, non_blocking=True)
         x.record_stream(stream)  # its memory is not free before the copy is done
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            stream.synchronize()  # whoever packs what is saved reads it on the host, at once
         sent = Sent(pinned, index, x.device, stream)
         if last is not None and last.index == index - 1:
             sent.before = last
