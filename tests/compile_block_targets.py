@@ -26,7 +26,7 @@ class Norm(NamedTuple):
     out: torch.dtype | None = None  # of y and dy, where x is a wider residual stream
 
     def launch(self):
-        x, r, dy = _rows(3, self.D, self.dtype, self.gap)
+        x, r, dy = rows(3, self.D, self.dtype, self.gap)
         y, total, dx = torch.empty(3, 2, 5, self.D, dtype=self.dtype)
         y, dy = (t.to(self.out or self.dtype) for t in (y, dy))
         weight = bias = mean = None
@@ -53,7 +53,7 @@ class Activation(NamedTuple):
     gap: int = 0
 
     def launch(self):
-        gate, up, dy = _rows(3, self.F, self.dtype, self.gap)
+        gate, up, dy = rows(3, self.F, self.dtype, self.gap)
         if not self.gated:
             up = None
         activations_triton.forward(gate, up, self.kind, dy)
@@ -87,7 +87,7 @@ class Decode(NamedTuple):
     nested: bool = False
     columns: int = 4096
 
-    def launch(self):
+    def weight(self) -> Packed:
         n = 3 * self.columns
         blocks = -(n // -self.blocksize)
         second = (None, None, None, 1)
@@ -98,8 +98,10 @@ class Decode(NamedTuple):
         *tensors, blocksize2 = second
         packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
         sizes = self.blocksize, blocksize2, 3, self.columns, self.kind
-        weight = Packed(packed, torch.empty(16), absmax, *tensors, *sizes)
-        dequantize_4bit_triton.decode(weight, torch.empty(3, self.columns, dtype=self.dtype))
+        return Packed(packed, torch.empty(16), absmax, *tensors, *sizes)
+
+    def launch(self):
+        dequantize_4bit_triton.decode(self.weight(), torch.empty(3, self.columns, dtype=self.dtype))
 
 
 # every number of warps, each dtype, widths that are powers of two and are not, unaligned rows
@@ -147,7 +149,7 @@ KERNELS = [
 ]
 
 
-def _rows(count: int, width: int, dtype: torch.dtype, gap: int) -> list[torch.Tensor]:
+def rows(count: int, width: int, dtype: torch.dtype, gap: int) -> list[torch.Tensor]:
     return [torch.empty(2, 5, width + gap, dtype=dtype)[..., :width] for _ in range(count)]
 
 

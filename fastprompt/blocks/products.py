@@ -32,7 +32,7 @@ def project(x: Tensor, parts: Sequence[nn.Module], autocast: bool) -> list[Tenso
         return [_product(x, part, autocast) for part in parts]
     weights, dtype = together
     with decoded(*weights, dtype=dtype) as dense:
-        y = F.linear(x.to(dtype), dense, _biases(parts, dense)).to(x.dtype)
+        y = F.linear(x.to(dtype), dense, biases(parts, dense)).to(x.dtype)
     return list(y.split([w.rows for w in weights], dim=-1))
 
 
@@ -94,7 +94,7 @@ def _together(
     return weights, dtypes.pop()
 
 
-def _biases(parts: Sequence[nn.Module], like: Tensor) -> Tensor | None:
+def biases(parts: Sequence[nn.Module], like: Tensor) -> Tensor | None:
     """[sum of out], with zeros where a part has none; None if none has."""
     if all(part.bias is None for part in parts):
         return None
