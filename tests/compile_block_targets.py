@@ -3,6 +3,7 @@
 See compile_targets.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -153,15 +154,21 @@ def rows(count: int, width: int, dtype: torch.dtype, gap: int) -> list[torch.Ten
     return [torch.empty(2, 5, width + gap, dtype=dtype)[..., :width] for _ in range(count)]
 
 
-def compile_case(sm: int, case: NamedTuple) -> list[str]:
-    """One line for each kernel; those over a limit end in what they are over."""
+def recorded(sm: int, kernels: list[tuple[ModuleType, tuple[str, ...]]]) -> list:
+    """What will have been built once the kernels' launchers are run."""
     built = []
     driver.set_active(CompileOnly(sm))
-    for module, names in KERNELS:
+    for module, names in kernels:
         for name in names:
             kernel = getattr(module, name)
             kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
             setattr(module, name, Recorder(kernel, built))
+    return built
+
+
+def compile_case(sm: int, case: NamedTuple) -> list[str]:
+    """One line for each kernel; those over a limit end in what they are over."""
+    built = recorded(sm, KERNELS)
     case.launch()
     lines = described(sm, case, built)
     if isinstance(case, Decode):  # bitsandbytes rounds twice in nested scales

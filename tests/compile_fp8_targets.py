@@ -3,9 +3,8 @@
 from typing import NamedTuple
 
 import torch
-from compile_block_targets import BF16, FP16, FP32, KERNELS, Decode, rows
-from compile_targets import SMEM_LIMIT, CompileOnly, Recorder, compile_all, described, tool
-from triton.runtime import driver
+from compile_block_targets import BF16, FP16, FP32, Decode, recorded, rows
+from compile_targets import SMEM_LIMIT, compile_all, described
 
 from fastprompt.ops import fp8_linear_triton, norms_triton, quantize_rows_triton
 from fastprompt.ops.checks import MOST_CHANNELS
@@ -88,29 +87,17 @@ CASES = [
     *(Decode8(size, nested=True, transposed=True) for size in (32, 128, 4096)),
 ]
 KERNELS = [
-    *KERNELS,
+    (norms_triton, ("forward_kernel",)),
     (quantize_rows_triton, ("quantize_kernel", "activation_backward_kernel")),
     (fp8_linear_triton, ("row_scales_kernel", "decode_kernel")),
 ]
 
 
 def compile_case(sm: int, case: NamedTuple) -> list[str]:
-    """As compile_block_targets'."""
-    built = []
-    driver.set_active(CompileOnly(sm))
-    for module, names in KERNELS:
-        for name in names:
-            kernel = getattr(module, name)
-            kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
-            setattr(module, name, Recorder(kernel, built))
+    """One line for each kernel; those over a limit end in what they are over."""
+    built = recorded(sm, KERNELS)
     case.launch()
-    lines = described(sm, case, built)
-    if isinstance(case, Decode8):  # a scale is that of `block_scales` to the bit
-        lines = [
-            line + "OVER no fused multiply-add" * ("FFMA" in tool("cuobjdump", "-sass", cubin))
-            for line, cubin in zip(lines, (b[2].asm["cubin"] for b in built), strict=True)
-        ]
-    return lines
+    return described(sm, case, built)
 
 
 def main():

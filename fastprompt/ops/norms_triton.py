@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastprompt.ops.layout import Rows, rows_of
+from fastprompt.ops.quantize_rows import E4M3
 
 _ELEMENTS = 2048  # that a program of short rows holds
 _SIZES = ["rows", "n1", "n2"]  # nothing is gained from knowing what divides these
@@ -139,7 +140,7 @@ def forward(
     scale: Tensor | None = None,
 ) -> None:
     """Writes y, total = x + residual (if given), mean (if given: a layer norm) and rstd; with a
-    ``scale`` y is in fp8, and that is written too."""
+    ``scale`` y is in e4m3, and that is written too."""
     rows = rows_of(x) if residual is None else rows_of(x, residual)
     grid, blocks = _tile(x.shape[-1], rows)
     with torch.cuda.device_of(x):
@@ -149,7 +150,7 @@ def forward(
             rows.count, *rows.sizes[1:], eps, offset,
             *rows.strides[0], *rows.strides[-1],
             CENTER=mean is not None, CAST_FIRST=cast_first,
-            MOST=0.0 if scale is None else torch.finfo(y.dtype).max, **blocks,
+            MOST=torch.finfo(E4M3).max, **blocks,
         )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def by_torch(y: Tensor, dtype: torch.dtype = E4M3) -> Quantized:
     """The definition, of float32 rows."""
     largest = y.abs().amax(-1, keepdim=True).clamp(min=LEAST)
     scale = largest / torch.finfo(dtype).max
-    return Quantized((y * (1 / scale)).to(dtype), scale)
+    return Quantized((y * (1 / scale)).to(dtype).contiguous(), scale)
 
 
 # ---- without checks: what a frozen block calls ----
