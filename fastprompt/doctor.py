@@ -71,10 +71,10 @@ def _checks(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
         yield f"prompt_attention, one query, {kind}", lambda like=like: _attention(like, 1)
         yield f"select_prompts, {kind}", lambda like=like: _selection(like)
         yield f"rms_norm, {kind}", lambda like=like: _norm(like)
-    yield "4-bit weights against bitsandbytes'", lambda: _four_bit(device)
     if device == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9):
         kind = "emulated" if device == "cpu" else "torch._scaled_mm"
         yield f"4-bit weights in fp8 ({kind})", lambda: _fp8(device)
+    yield "4-bit weights against bitsandbytes'", lambda: _four_bit(device)
 
 
 def _attention(like: Tensor, N: int) -> str:

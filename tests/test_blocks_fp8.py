@@ -146,7 +146,7 @@ def test_sizes_that_fp8_does_not_take():
     assert "products  18 of 21 in fp8" in report
     assert "down_proj and 2 more: rows of 208, fp8 wants whole blocks of 64" in report
     base, got = (results(*block("llama", more=more, compute=how)[1:]) for how in ("auto", "fp8"))
-    assert all(0.01 < relative(a, b) < 0.3 for a, b in zip(got, base, strict=True))
+    assert all(0.01 < relative(a, b) < 0.5 for a, b in zip(got, base, strict=True))
 
 
 def test_one_of_several_is_enough():
