@@ -122,6 +122,24 @@ def test_kernels(name, monkeypatch, fp8_casts):
         assert relative(a, b) < 0.02
 
 
+def test_a_gradient_without_rows_in_memory(monkeypatch, fp8_casts):
+    """As that of a sum: one number, expanded."""
+    model = prompted("llama", compute="fp8")
+    part = next(iter(fastprompt.patch_of(model).blocks.values())).parts.o_proj
+    dy = torch.ones((), dtype=BF16).expand(2, 5, 128)
+    want = fp8.project_backward([dy.contiguous()], [part])
+    module = importlib.import_module("fastprompt.ops.quantize_rows")
+    monkeypatch.setattr(module, "by_triton", lambda x, backend: True)
+    assert torch.equal(fp8.project_backward([dy.float()], [part]), want)
+
+
+def test_what_a_linear4bit_computes_in_is_left_alone():
+    """bitsandbytes infers it from its first input, which is none of ours in fp8."""
+    model = prompted("llama", compute="fp8")
+    run("llama", model, tiny.inputs("llama", BF16))
+    assert not any(layer.mlp.down_proj.compute_type_is_set for layer in model.model.layers)
+
+
 def test_autocast():
     """A float32 stream, products in bfloat16 by autocast: those run in fp8."""
     found = []

@@ -134,7 +134,7 @@ def test_norms(backend, dtype, kind, residual):
 # ---- weights ----
 
 
-def weights(nested, kind="nf4", blocksize=64, sizes=((48, 128), (32, 128))):
+def weights(nested, kind="nf4", blocksize=64, sizes=((48, 128), (160, 128))):
     from bitsandbytes.functional import quantize_4bit
 
     found = []
@@ -174,17 +174,17 @@ def test_weights(backend, kind, nested, blocksize):
 def test_products(biased):
     """The very product of what was quantised, rounded to bfloat16 once; dx is its gradient."""
     opened = [unpack(given) for given in weights(True)]
-    x, dy = randn(2, 5, 128, dtype=torch.bfloat16), randn(2, 5, 80, dtype=torch.bfloat16, seed=1)
-    bias = torch.randn(80).bfloat16() if biased else None
+    x, dy = randn(2, 5, 128, dtype=torch.bfloat16), randn(2, 5, 208, dtype=torch.bfloat16, seed=1)
+    bias = torch.randn(208).bfloat16() if biased else None
     scales = row_scales(opened)
-    dense = torch.zeros(80, 128, dtype=E4M3)
-    for w, s, out in zip(opened, scales.split([48, 32]), dense.split([48, 32]), strict=True):
+    dense = torch.zeros(208, 128, dtype=E4M3)
+    for w, s, out in zip(opened, scales.split([48, 160]), dense.split([48, 160]), strict=True):
         decode(w, s, out)
     dense = dense.double() * scales[:, None]
     x8 = quantize_rows(x)
     want = x8.dequantize().double() @ dense.mT + (bias if biased else 0)
     y = fp8_linear(x8, opened, scales, bias)
-    assert y.dtype == torch.bfloat16 and y.shape == (2, 5, 80)
+    assert y.dtype == torch.bfloat16 and y.shape == (2, 5, 208)
     torch.testing.assert_close(y.double(), want, rtol=2**-8, atol=1e-4)
     dy8 = quantize_rows(dy, scales)
     dx = fp8_linear_backward(dy8, opened, scales)

@@ -25,9 +25,10 @@ GRADIENT = E4M3
 
 @cache
 def check_device(device: torch.device) -> None:
-    """
+    """Refuse a device where fp8 products neither run nor are emulated.
+
     Raises:
-        ValueError: fp8 products neither run on this device nor are they emulated there.
+        ValueError: naming the device and what it lacks.
     """
     if device.type == "cpu":
         return
@@ -48,7 +49,7 @@ def why_not(parts: Sequence[nn.Module]) -> str | None:
     for part in parts:
         if not is_adopted(part):
             return "dense weights, fp8 wants 4-bit ones"
-        state = getattr(part.weight, "quant_state", None) or part.quant_state
+        state = linear4bit.state_of(part)
         if why := ops.why_not(*state.shape, state.blocksize):
             return why
     return None
@@ -58,15 +59,17 @@ def project(x: Tensor | Quantized, parts: Sequence[nn.Module]) -> list[Tensor]:
     """[..., in] -> x Wᵀ + b [..., out] of each part, bfloat16, views of one tensor."""
     if not isinstance(x, Quantized):
         x = quantize_rows(x)
-    weights, scales = _weights(parts, x.values)
+    weights, scales = _weights(parts)
     y = ops.fp8_linear(x, weights, scales, biases(parts, scales.new_empty(0, dtype=ops.OUT)))
     return [*y.split([w.rows for w in weights], dim=-1)]
 
 
 def project_backward(grads: Sequence[Tensor], parts: Sequence[nn.Module]) -> Tensor:
     """dx [..., in] bfloat16: the sum of dy W over the parts, each dy [..., out]."""
-    weights, scales = _weights(parts, grads[0])
-    dy = quantize_rows(joined(grads), scales, dtype=GRADIENT)
+    weights, scales = _weights(parts)
+    dy = joined(grads)
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # a sum's gradient has no rows in memory
+    dy = quantize_rows(dy, scales, dtype=GRADIENT)
     return ops.fp8_linear_backward(dy, weights, scales)
 
 
@@ -77,12 +80,12 @@ def activation_and_project_backward(
 
     Their gradients exist in fp8 alone. ``kind``: of `quantize_rows.ACTIVATIONS`.
     """
-    weights, scales = _weights(parts, da)
+    weights, scales = _weights(parts)
     dy = activation_backward(kind, da, gate, up, scales, dtype=GRADIENT)
     return ops.fp8_linear_backward(dy, weights, scales)
 
 
-def _weights(parts: Sequence[nn.Module], x: Tensor) -> tuple[list[Packed], Tensor]:
+def _weights(parts: Sequence[nn.Module]) -> tuple[list[Packed], Tensor]:
     """The weights and their `row_scales`."""
-    weights = [unpack(linear4bit.opened(part, x)[0]) for part in parts]
+    weights = [unpack((part.weight, linear4bit.state_of(part))) for part in parts]
     return weights, ops.row_scales(weights)
