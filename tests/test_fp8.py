@@ -134,7 +134,7 @@ def test_norms(backend, dtype, kind, residual):
 # ---- weights ----
 
 
-def weights(nested, kind="nf4", blocksize=64, sizes=((48, 128), (160, 128))):
+def weights(nested, kind="nf4", blocksize=64, sizes=((48, 256), (160, 256))):
     from bitsandbytes.functional import quantize_4bit
 
     found = []
@@ -174,10 +174,10 @@ def test_weights(backend, kind, nested, blocksize):
 def test_products(biased):
     """The very product of what was quantised, rounded to bfloat16 once; dx is its gradient."""
     opened = [unpack(given) for given in weights(True)]
-    x, dy = randn(2, 5, 128, dtype=torch.bfloat16), randn(2, 5, 208, dtype=torch.bfloat16, seed=1)
+    x, dy = randn(2, 5, 256, dtype=torch.bfloat16), randn(2, 5, 208, dtype=torch.bfloat16, seed=1)
     bias = torch.randn(208).bfloat16() if biased else None
     scales = row_scales(opened)
-    dense = torch.zeros(208, 128, dtype=E4M3)
+    dense = torch.zeros(208, 256, dtype=E4M3)
     for w, s, out in zip(opened, scales.split([48, 160]), dense.split([48, 160]), strict=True):
         decode(w, s, out)
     dense = dense.double() * scales[:, None]
