@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastprompt import attention, families, hooks, linear4bit, reporting, trainer
 from fastprompt.blocks import fp8
-from fastprompt.blocks.frozen import Frozen, FrozenTowers, freeze
+from fastprompt.blocks.frozen import Frozen, freeze
 from fastprompt.blocks.memory import CHOICES as MEMORIES
 from fastprompt.blocks.memory import Memory
 from fastprompt.families import Anatomy, Tower
@@ -286,7 +286,7 @@ def _apply(done: Patch) -> None:
         done.memories, done.unfused = frozen.memories, frozen.unfused
         done._undo += [("block", block) for block in frozen.blocks]
         if done.compute == "fp8":
-            _check_fp8(frozen)
+            fp8.check_some([block.parts for block in frozen.blocks], frozen.unfused.values())
     for tower in prompted:
         _add_hooks(done, tower)
     if done.pool is not None:
@@ -294,14 +294,6 @@ def _apply(done: Patch) -> None:
     _skip_unread(done)
     done._undo.append(("trainer", trainer.attach(model)))
     model.__dict__[ATTRIBUTE] = done
-
-
-def _check_fp8(frozen: FrozenTowers) -> None:
-    """That at least one product is to run in fp8."""
-    reasons = [fp8.why_not(group) for block in frozen.blocks for group in block.parts.groups]
-    if all(reasons):
-        why = [*dict.fromkeys([*reasons, *frozen.unfused.values()])] or ["no tower has prompts"]
-        raise ValueError(f"compute='fp8': want frozen 4-bit blocks, got none: {'; '.join(why)}")
 
 
 def _train(done: Patch, part: str, name: str) -> None:

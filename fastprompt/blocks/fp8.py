@@ -4,13 +4,14 @@ A call's weights (q, k, v; gate, up) go through one product together, on the CPU
 are quantised there as on a GPU. All else in the block stays as it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from fastprompt import linear4bit
+from fastprompt.blocks.parts import Parts
 from fastprompt.blocks.products import biases, is_adopted, joined
 from fastprompt.ops import fp8_linear as ops
 from fastprompt.ops.packed import Packed, unpack
@@ -53,6 +54,18 @@ def why_not(parts: Sequence[nn.Module]) -> str | None:
         if why := ops.why_not(*state.shape, state.blocksize):
             return why
     return None
+
+
+def check_some(blocks: Iterable[Parts], others: Iterable[str]) -> None:
+    """Refuse a model of which not one product is to run in fp8.
+
+    Raises:
+        ValueError: with each product's reason, and ``others``: why blocks are none of ours.
+    """
+    reasons = [why_not(group) for block in blocks for group in block.groups]
+    if all(reasons):
+        why = [*dict.fromkeys([*reasons, *others])] or ["no tower has prompts"]
+        raise ValueError(f"compute='fp8': want frozen 4-bit blocks, got none: {'; '.join(why)}")
 
 
 def project(x: Tensor | Quantized, parts: Sequence[nn.Module]) -> list[Tensor]:
