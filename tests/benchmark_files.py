@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import tiny
+import torch
 import transformers as tf
 from PIL import Image
 
@@ -114,13 +115,11 @@ def textvqa(root: Path) -> Path:
 class Python2(pickle._Pickler):
     """Pickles as Python 2 wrote them: bytes are its strings, so they need no codec."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
-
-    def save_bytes(self, text: bytes) -> None:
-        self.write(pickle.BINSTRING + struct.pack("<i", len(text)) + text)
-        self.memoize(text)
-
-    dispatch[bytes] = save_bytes
+    def save(self, thing: object, *args) -> None:
+        if isinstance(thing, bytes):
+            self.write(pickle.BINSTRING + struct.pack("<i", len(thing)) + thing)
+        else:
+            super().save(thing, *args)
 
 
 def python2(path: Path, content: object) -> None:
@@ -129,7 +128,8 @@ def python2(path: Path, content: object) -> None:
         Python2(file, protocol=2).dump(content)
 
 
-CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer"]
+CIFAR10 += ["dog", "frog", "horse", "ship", "truck"]
 CIFAR100 = [f"thing_{n}" for n in range(100)]
 
 
@@ -220,9 +220,17 @@ def processor(join: bool = False) -> tf.LlavaProcessor:
     )
 
 
+def llava(dtype: torch.dtype = torch.float32) -> tf.LlavaForConditionalGeneration:
+    """A tiny LLaVA that does not say image tokens, which would want an image."""
+    model = tiny.build("llava", dtype)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.image_token_id] = 0
+    return model
+
+
 def save_model(folder: Path) -> Path:
-    """A tiny LLaVA with its processor, as `from_pretrained` wants them."""
-    tiny.build("llava").save_pretrained(folder)
+    """That model with its processor, as `from_pretrained` wants them."""
+    llava().save_pretrained(folder)
     processor().save_pretrained(folder)
     return folder
 

@@ -49,7 +49,7 @@ def log_likelihoods(
     """How likely each option is as the answer to ``text``.
 
     Returns:
-        For each option the log-probabilities of its tokens, [number of them] in float32 or better, and whether
+        For each option its tokens' log-probabilities, [n] in float32 or better, and whether
         greedy decoding would give just these.
     """
     prompt = conversation(processor, text)

@@ -19,6 +19,7 @@ from fastprompt.eval.answers import accuracy
 from fastprompt.eval.benchmarks.base import Benchmark
 from fastprompt.eval.questions import InputError, Question, find
 
+_MALFORMED = (ValueError, TypeError, AttributeError, LookupError)  # all of them, says pickle's page
 PIXELS = 3 * 32 * 32
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _ALLOWED: dict[tuple[str, str], Any] = {
@@ -108,7 +109,7 @@ def _python(folder: Path, files: _Files) -> tuple[Path, np.ndarray, list[int], l
 def _unpickle(path: Path) -> dict[bytes, Any]:
     try:
         found = _ArraysAlone(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-    except (OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
+    except (OSError, EOFError, pickle.UnpicklingError, *_MALFORMED) as error:
         raise InputError(f"{path}: want a pickle of CIFAR's Python version; {error}") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: want a dictionary, got {type(found).__name__}")
