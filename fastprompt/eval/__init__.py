@@ -1,7 +1,7 @@
 """Evaluation: benchmarks from their own files on disk, greedy or ranked answers, scores."""
 
 from fastprompt.eval.benchmarks import BENCHMARKS, Benchmark
-from fastprompt.eval.evaluate import Run, evaluate
+from fastprompt.eval.evaluation import Run, evaluate
 from fastprompt.eval.questions import InputError, Question
 from fastprompt.eval.results import Result, mm_avg, radar
 

@@ -18,10 +18,10 @@ def accuracy(questions: list[Question], predictions: Predictions) -> dict[str, f
     """Exact match after `plain`, and how many predictions are no answer at all.
 
     Returns:
-        "accuracy", and "other": the share of predictions that are not among the answers of any
+        "accuracy", and "other": the share of predictions that are no option, and no answer to any
         question. An untuned model that fails the format alone has a high one.
     """
-    known = {plain(answer) for q in questions for answer in q.answers}
+    known = {plain(form) for q in questions for form in (*q.answers, *q.options)}
     right = other = 0
     for q in questions:
         said = predictions[q.id]

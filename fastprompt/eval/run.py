@@ -20,7 +20,7 @@ from transformers import (
 from fastprompt import checkpoint
 from fastprompt.eval import predictions
 from fastprompt.eval.benchmarks import BENCHMARKS
-from fastprompt.eval.evaluate import EXACT, SCORES, Run, load, predict, score
+from fastprompt.eval.evaluation import EXACT, SCORES, Run, load, predict, score
 from fastprompt.eval.generate import SUFFIX
 from fastprompt.eval.questions import InputError
 
