@@ -198,6 +198,8 @@ def test_mme_texts_that_are_not_pairs_are_named(text, said, data):
     path = data / "mme" / "scene" / "questions_answers_YN" / "0000.txt"
     path.write_text(text)
     assert f"{path}{said}" in refused("mme", data)
+    path.write_bytes(b"one?\tYes\n\xff\tNo\n")
+    assert f"{path}: want UTF-8" in refused("mme", data)
     path.unlink()
     assert "want text files of questions" in refused("mme", data)
 

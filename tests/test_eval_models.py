@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import fastprompt
-from fastprompt.eval import Question, judge
+from fastprompt.eval import InputError, Question, judge
 from fastprompt.eval.generate import answers, asked, conversation, encode, generate
 from fastprompt.eval.rank import choices, log_likelihoods
 
@@ -99,7 +99,7 @@ def test_answers_are_of_all_questions_with_their_suffix(processor, monkeypatch):
 def test_a_processor_without_a_template_is_refused():
     processor = files.processor()
     processor.chat_template = None
-    with pytest.raises(ValueError, match="--chat-template"):
+    with pytest.raises(InputError, match="--chat-template"):
         conversation(processor, "is it?")
 
 
@@ -172,7 +172,7 @@ def test_options_that_are_greedy_are_known(processor):
 def test_a_template_that_hides_the_answer_is_refused(processor):
     other = files.processor()
     other.chat_template = files.CHAT.replace("{{ c.text }}", "{{ c.text.upper() }}")
-    with pytest.raises(ValueError, match="puts 'yes' after"):
+    with pytest.raises(InputError, match="puts 'yes' after"):
         log_likelihoods(model_of("plain"), other, picture(0), TEXTS[0], ("yes",))
 
 

@@ -129,7 +129,9 @@ def test_a_run_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
     evaluate(*args, tmp_path / "out", batch=5)
     assert asked[3:] == [3, 3] and len(path.read_text().splitlines()) == 12
     whole = evaluate(*args, tmp_path / "whole", batch=5)
+    model.train()
     assert whole == evaluate(*args, tmp_path / "out") and len(asked) == 5 + 4
+    assert model.training  # as it was before
     lines = [(tmp_path / n / "predictions/pope.jsonl").read_text() for n in ("out", "whole")]
     assert sorted(lines[0].splitlines()) == sorted(lines[1].splitlines())
     path.write_text('{"id": "pope/rand')  # not one whole line
@@ -150,7 +152,12 @@ def test_a_limit_can_grow(folder, tmp_path):
 
 def test_a_folder_is_one_runs_alone(folder, tmp_path, capsys):
     assert run(folder, tmp_path) == 0
-    for more in (("--score", "rank"), ("--suffix", ""), ("--dtype", "float32")):
+    for more in (
+        ("--score", "rank"),
+        ("--suffix", ""),
+        ("--max-new-tokens", "9"),
+        ("--dtype", "float32"),
+    ):
         assert run(folder, tmp_path, *more) == 1
         assert f"{tmp_path / 'run.json'}: want" in capsys.readouterr().err
     assert run(folder, tmp_path, "--batch", "1", "--limit", "2") == 0  # change no answer
@@ -231,6 +238,20 @@ def test_predictions_that_are_wrong_are_named(line, message, folder, tmp_path, c
     path.write_text(twice * 2)
     assert run(folder, tmp_path / "o", "--predictions", path, model=False) == 1
     assert f"{path}:2: a second prediction for 'vsr/" in capsys.readouterr().err
+
+
+def test_files_that_are_not_there_are_named(folder, tmp_path, capsys):
+    gone = tmp_path / "gone"
+    assert run(folder, tmp_path / "o", "--predictions", gone, model=False) == 1
+    assert str(gone) in capsys.readouterr().err
+    assert run(folder, tmp_path / "o", "--prompts", tmp_path) == 1  # no weights in it
+    assert f"--prompts: {tmp_path}: want prompts.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [("--four-bit",), ("--dtype", "bfloat16")])
+def test_weights_can_be_smaller(more, folder, tmp_path):
+    assert run(folder, tmp_path, *more) == 0
+    assert results(tmp_path)["tasks"]["vsr"]["count"] == 3
 
 
 def test_prompts_want_a_model(folder, tmp_path, capsys):

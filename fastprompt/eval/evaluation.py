@@ -1,8 +1,9 @@
 """Ask a model a benchmark's questions, keep what it says, score it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -30,11 +31,13 @@ class Run:
     Attributes:
         score: "exact": greedy answers; "rank": the likeliest option (open questions: greedy).
         suffix: put after each question.
+        max_new_tokens: of a greedy answer.
         model: whatever tells the model apart: its name, its prompts' hash, its dtype.
     """
 
     score: str = EXACT
     suffix: str = SUFFIX
+    max_new_tokens: int = 16
     model: dict[str, str] = field(default_factory=dict)
 
     def settle(self, folder: Path) -> None:
@@ -87,29 +90,39 @@ def predict(
     for task in tasks.values():
         check_images(task.wanted)
     run.settle(output)
+    ask = partial(_answers, model, processor, run=run, batch=batch)
+    was_training = model.training
     model.eval()
     said: Said = {}
     for name, task in tasks.items():
-
-        def ask(left: list[Question], length: int = task.benchmark.max_new_tokens):
-            ranked = [q for q in left if run.score == RANK and q.options]
-            greedy = [q for q in left if run.score == EXACT or not q.options]
-            shared = dict(batch=batch, suffix=run.suffix)
-            yield from choices(model, processor, ranked, **shared)
-            yield from answers(model, processor, greedy, max_new_tokens=length, **shared)
-
         said |= _kept(output / "predictions" / f"{name}.jsonl", name, task, task.wanted, ask)
+    model.train(was_training)
     return said
 
 
-def _kept(path: Path, name: str, task: Task, wanted: list[Question], ask) -> Said:
-    """What ``path`` has of a task, and what ``ask(questions)`` yields of the rest, added to it."""
+def _answers(
+    model: nn.Module, processor: ProcessorMixin, questions: list[Question], *, run: Run, batch: int
+) -> Iterator[Said]:
+    ranked = [q for q in questions if run.score == RANK and q.options]
+    greedy = [q for q in questions if run.score == EXACT or not q.options]
+    shared = dict(batch=batch, suffix=run.suffix)
+    yield from choices(model, processor, ranked, **shared)
+    yield from answers(model, processor, greedy, max_new_tokens=run.max_new_tokens, **shared)
+
+
+def _kept(
+    path: Path,
+    name: str,
+    task: Task,
+    wanted: list[Question],
+    ask: Callable[[list[Question]], Iterator[Said]],
+) -> Said:
+    """What ``path`` has of a task, and what ``ask`` yields of the rest, added to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     said = predictions.resume(path, {q.id for q in task.every})
     left = [q for q in wanted if q.id not in said]
     with tqdm(total=len(wanted), initial=len(wanted) - len(left), desc=name) as progress:
-        batches: Iterator[Said] = ask(left)
-        for new in batches:
+        for new in ask(left):
             predictions.append(path, new)
             said |= new
             progress.update(len(new))
@@ -143,10 +156,7 @@ def score(
     for name, task in tasks.items():
         scores = task.benchmark.score(task.wanted, joined[name])
         if by is not None:
-
-            def ask(left: list[Question], of: dict[str, str | None] = joined[name]):
-                return judge.verdicts(*by, left, of, batch=batch)
-
+            ask = partial(judge.verdicts, *by, predictions=joined[name], batch=batch)
             path = output / "verdicts" / f"{name}.jsonl"
             there = [q for q in task.wanted if joined[name][q.id] is not None]
             verdicts = _kept(path, f"{name}, judged", task, there, ask)

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 from transformers import ProcessorMixin
 
-from fastprompt.eval.questions import Question
+from fastprompt.eval.questions import InputError, Question
 
 # what LLaVA-1.5 was trained to answer briefly after, and is evaluated with
 SUFFIX = "Answer the question using a single word or phrase."
@@ -18,10 +18,10 @@ def conversation(processor: ProcessorMixin, text: str, answer: str | None = None
     """The processor's chat template around an image and ``text``, and around an answer if given.
 
     Raises:
-        ValueError: the processor has no chat template.
+        InputError: the processor has no chat template.
     """
     if not processor.chat_template:
-        raise ValueError("want a processor with a chat template (--chat-template FILE gives one)")
+        raise InputError("want a processor with a chat template (--chat-template FILE gives one)")
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     if answer is not None:
         turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})

@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 
 class InputError(ValueError):
-    """A file is not what its format says. The message names file and line."""
+    """What was given cannot be evaluated. The message names file and line, if it is a file's."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from fastprompt.eval.generate import SUFFIX, asked, conversation, encode, special_tokens
-from fastprompt.eval.questions import Question
+from fastprompt.eval.questions import InputError, Question
 
 
 def choices(
@@ -94,7 +94,7 @@ def _tokens(
         whole = conversation(processor, text, option)
         end = whole.rfind(option) + len(option)
         if not option or not whole.startswith(prompt) or end <= len(prompt):
-            raise ValueError(
+            raise InputError(
                 f"want a chat template that puts {option!r} after {prompt!r}: {whole!r}"
             )
         texts.append(whole[:end])

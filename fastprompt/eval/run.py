@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="results, and how far it got")
     parser.add_argument("--score", choices=SCORES, default=EXACT, help="exact match or ranking")
     parser.add_argument("--suffix", default=SUFFIX, help='after each question; "" for none')
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="of a greedy answer")
     parser.add_argument("--limit", type=int, help="questions of each group")
     parser.add_argument("--batch", type=int, default=8, help="questions (or options) at once")
     parser.add_argument("--missing-is-wrong", action="store_true", help="or it is an error")
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
         parser.error("want --prompts with --model; --predictions are of a model already")
     try:
         _run(options)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"fastprompt eval: {error}", file=sys.stderr)
         return 1
     return 0
@@ -82,7 +83,7 @@ def _run(options: argparse.Namespace) -> None:
         told = {name: str(getattr(options, name)) for name in ("model", "four_bit", "dtype")}
         files = {"prompts": options.prompts, "chat_template": options.chat_template}
         told |= {f"{name} sha256": _sha256(path) for name, path in files.items() if path}
-        run = Run(options.score, options.suffix, told)
+        run = Run(options.score, options.suffix, options.max_new_tokens, told)
         model, processor = load_model(options)
         said = predict(model, processor, tasks, options.output, run=run, batch=options.batch)
         del model  # a judge may want the room
@@ -123,7 +124,10 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, ProcessorM
         processor.chat_template = options.chat_template.read_text()
     model = AutoModelForImageTextToText.from_pretrained(options.model, **_weights(options))
     if options.prompts:
-        checkpoint.load(model, options.prompts)
+        try:
+            checkpoint.load(model, options.prompts)
+        except ValueError as error:
+            raise InputError(f"--prompts: {error}") from error
     return model, processor
 
 

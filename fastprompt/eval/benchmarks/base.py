@@ -19,7 +19,6 @@ class Benchmark:
         score: questions and {id: prediction} of each of them -> name -> score.
         headline: the one score of it that is compared; ``full`` is its highest value.
         unit: questions that belong together, so that a limit does not part them.
-        max_new_tokens: of a greedy answer.
     """
 
     name: str
@@ -28,7 +27,6 @@ class Benchmark:
     headline: str = "accuracy"
     full: float = 1.0
     unit: int = 1
-    max_new_tokens: int = 16
 
     def questions(self, root: Path) -> list[Question]:
         """All questions. Raises InputError for what is not as the format says."""

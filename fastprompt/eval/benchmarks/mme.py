@@ -36,7 +36,10 @@ def read(root: Path) -> Iterator[Question]:
 
 
 def _of_image(subtask: str, text: Path, images: Path) -> Iterator[Question]:
-    lines = text.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = text.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{text}: want UTF-8; {error}") from error
     rows = [(f"{text}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()]
     if len(rows) != 2:
         raise InputError(f"{text}: want two questions about an image, got {len(rows)}")
