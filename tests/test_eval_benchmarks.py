@@ -191,6 +191,7 @@ def test_mme_writes_what_its_own_tool_reads(tmp_path):
     [
         ("one?\tYes\n", ": want two questions about an image, got 1"),
         ("one?\tYes\ntwo?\n", ":2: want question<tab>answer, got 'two?'"),
+        ("one?\tYes\ntwo?\tor three?\tNo\n", ":2: want question<tab>answer, got"),
         ("one?\tYes\n\ntwo?\tMaybe\n", ":3: want a label of"),
     ],
 )
@@ -283,6 +284,7 @@ def test_snli_ve_of_older_files(data):
     [
         ("The Nikon D-90", "nikon d 90"),
         ("nikon - d90", "nikon d90"),
+        ("x-ray - d90", "xray d90"),
         ("Two of the 1,000", "2 of 1000"),
         ("none", "0"),
         ("3.5 U.S.A.", "3.5 usa"),
@@ -392,6 +394,8 @@ def test_mnist_files_that_are_cut_or_wrong_are_named(tmp_path):
     path.write_bytes(whole[:-1])
     assert f"{path}: want [3, 28, 28] bytes after its head, got 2351" in refused("mnist", tmp_path)
     path.write_bytes(labels.read_bytes())
+    assert f"{path}: want an IDX file of bytes with 3 axes" in refused("mnist", tmp_path)
+    path.write_bytes(whole.replace(b"\x08", b"\x0d", 1))  # of floats
     assert f"{path}: want an IDX file of bytes with 3 axes" in refused("mnist", tmp_path)
     files.mnist(tmp_path, labels=(7, 2), end="", folder="other")
     labels.write_bytes((tmp_path / "other" / labels.name).read_bytes())

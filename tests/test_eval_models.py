@@ -89,7 +89,8 @@ def test_answers_are_of_all_questions_with_their_suffix(processor, monkeypatch):
     options = dict(batch=2, max_new_tokens=NEW, suffix="Briefly.")
     for part in answers(model, processor, questions, **options):
         seen.append(part)
-    assert [len(part) for part in seen] == [2, 2, 1]
+    # "e"; "is it?" and "how many?", …: of like length together
+    assert [list(part) for part in seen] == [["x/3", "x/0"], ["x/2", "x/4"], ["x/1"]]
     assert {k: v for part in seen for k, v in part.items()} == {
         f"x/{n}": text for n, text in enumerate(expected)
     }
@@ -204,9 +205,9 @@ def test_the_judge_is_read_by_its_own_words_alone():
     tok = files.tokenizer()
     questions = [
         Question("x/0", picture(0), "is it crimson?", ("yes",), group="a"),
-        Question("x/1", picture(0), "is it long and green?", ("no",), group="a"),
+        Question("x/1", picture(0), "is it green?", ("no",), group="a"),
         Question("x/2", picture(0), "what is it?", ("a cat", "a dog", "a dog"), group="b"),
-        Question("x/3", picture(0), "is it missing?", ("no",), group="b"),
+        Question("x/3", picture(0), "is it missing?", ("no",), group="a"),
     ]
     said = {"x/0": "yes it is", "x/1": "yes", "x/2": "some dog", "x/3": None}
     model = Judge(tok, {"crimson": "yes", "green": "no", "what": "yes. It"})
@@ -216,7 +217,7 @@ def test_the_judge_is_read_by_its_own_words_alone():
     assert found == {"x/0": "yes", "x/1": "no", "x/2": "yes."}
     assert "Prediction: some dog" in model.prompts[2].replace("<unk>rediction", "Prediction")
     assert "nswer: a dog\n" in model.prompts[2] and "uestions: what is it?\n" in model.prompts[2]
-    assert judge.accuracy(questions, found) == (1 / 2 + 1 / 2) / 2  # a group counts as a group
+    assert judge.accuracy(questions, found) == pytest.approx((1 / 3 + 1) / 2)  # mean of groups
 
 
 # ---- lmms-eval ----

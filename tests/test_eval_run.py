@@ -2,6 +2,7 @@
 
 import json
 import random
+from argparse import Namespace
 
 import benchmark_files as files
 import pytest
@@ -13,6 +14,7 @@ from fastprompt.eval import BENCHMARKS, InputError, Result, Run, evaluate, mm_av
 from fastprompt.eval.answers import accuracy
 from fastprompt.eval.evaluation import load
 from fastprompt.eval.results import radar
+from fastprompt.eval.run import load_judge, load_model
 
 ALL = list(BENCHMARKS)
 
@@ -92,6 +94,7 @@ def test_prompts_are_what_answers(folder, tmp_path):
         for name in ("with", "without")
     ]
     assert both[0].keys() == both[1].keys() and both[0] != both[1]
+    assert (tmp_path / "with" / "radar.png").exists()  # of three tasks
     sums = [results(tmp_path / name)["run"]["model"] for name in ("with", "without")]
     assert len(sums[0]["prompts sha256"]) == 64 and "prompts sha256" not in sums[1]
 
@@ -114,6 +117,7 @@ def test_a_run_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
     generate = model.generate
 
     def counted(**given):
+        assert not model.training
         asked.append(len(given["input_ids"]))
         if len(asked) == 3:
             raise KeyboardInterrupt
@@ -126,10 +130,10 @@ def test_a_run_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
     path = tmp_path / "out" / "predictions" / "pope.jsonl"
     assert asked == [5, 5, 2] and len(path.read_text().splitlines()) == 10
     path.write_text(path.read_text()[:-7])  # as if it was killed while it wrote
+    model.train()
     evaluate(*args, tmp_path / "out", batch=5)
     assert asked[3:] == [3, 3] and len(path.read_text().splitlines()) == 12
     whole = evaluate(*args, tmp_path / "whole", batch=5)
-    model.train()
     assert whole == evaluate(*args, tmp_path / "out") and len(asked) == 5 + 4
     assert model.training  # as it was before
     lines = [(tmp_path / n / "predictions/pope.jsonl").read_text() for n in ("out", "whole")]
@@ -194,8 +198,11 @@ def test_predictions_alone_need_neither_model_nor_images(folder, tmp_path, capsy
     found = results(tmp_path / "out")["tasks"]
     assert found["pope"]["headline"] == found["vsr"]["headline"] == 1
     assert "no radar plot" in capsys.readouterr().out
+    more += ("--limit", 1)
+    assert run(tmp_path, tmp_path / "few", *more, tasks=("pope", "vsr"), model=False) == 0
+    assert results(tmp_path / "few")["tasks"]["pope"]["count"] == 3
     assert run(tmp_path, tmp_path / "out", "--predictions", a, a, model=False, tasks=["pope"]) == 1
-    assert "another file has a prediction for 'pope/adversarial/1'" in capsys.readouterr().err
+    assert f"{a}:1: a second prediction for 'pope/adversarial/1'" in capsys.readouterr().err
 
 
 def test_missing_predictions_are_an_error_unless_they_are_to_be_wrong(folder, tmp_path, capsys):
@@ -254,6 +261,35 @@ def test_weights_can_be_smaller(more, folder, tmp_path):
     assert results(tmp_path)["tasks"]["vsr"]["count"] == 3
 
 
+def test_a_model_is_loaded_as_asked(tmp_path):
+    files.llava().save_pretrained(tmp_path / "model")
+    processor = files.processor()
+    processor.chat_template = processor.tokenizer.pad_token = None
+    processor.save_pretrained(tmp_path / "model")
+    files.save_judge(tmp_path / "judge")
+    (tmp_path / "chat").write_text(files.CHAT)
+    options = Namespace(model=tmp_path / "model", prompts=None, chat_template=tmp_path / "chat")
+    vars(options).update(four_bit=True, dtype="auto", device="cpu", judge=tmp_path / "judge")
+    model, processor = load_model(options)
+    assert processor.chat_template == files.CHAT and processor.tokenizer.pad_token == "</s>"
+    judge, tokenizer = load_judge(options)
+    assert tokenizer.pad_token == "<pad>" and not judge.training
+    for loaded in (model, judge):
+        kinds = {type(m).__name__: m for m in loaded.modules()}
+        assert kinds["Linear4bit"].compute_dtype == torch.bfloat16
+    options.dtype = "float32"
+    kinds = {type(m).__name__: m for m in load_judge(options)[0].modules()}
+    assert kinds["Linear4bit"].compute_dtype == torch.float32
+
+
+@pytest.mark.parametrize("option", ["--limit", "--batch", "--max-new-tokens"])
+def test_counts_are_from_one(option, folder, tmp_path, capsys):
+    for bad in ("0", "-1", "many"):
+        with pytest.raises(SystemExit):
+            run(folder, tmp_path, f"{option}={bad}")
+        assert f"{option}: want a number from 1" in capsys.readouterr().err
+
+
 def test_prompts_want_a_model(folder, tmp_path, capsys):
     more = ("--predictions", tmp_path, "--prompts", tmp_path)
     with pytest.raises(SystemExit):
@@ -270,7 +306,7 @@ def test_a_judge_is_a_score_more_and_goes_on_too(folder, tmp_path):
     path = written(tmp_path / "p.jsonl", said_right(folder, ["vsr", "pope"]))
     more = ("--predictions", path, "--judge", folder / "judge")
     assert run(folder, tmp_path / "out", *more, tasks=("vsr", "pope"), model=False) == 0
-    verdicts = tmp_path / "out" / "verdicts" / "pope.jsonl"
+    verdicts = next((tmp_path / "out" / "verdicts").glob("pope-*.jsonl"))
     rows = [json.loads(line) for line in verdicts.read_text().splitlines()]
     assert len(rows) == 12 and results(tmp_path / "out")["tasks"]["pope"]["scores"]["judge"] == 0
     rows[0]["prediction"] = "Yes."
@@ -278,6 +314,12 @@ def test_a_judge_is_a_score_more_and_goes_on_too(folder, tmp_path):
     assert run(folder, tmp_path / "out", *more, tasks=("vsr", "pope"), model=False) == 0
     found = results(tmp_path / "out")["tasks"]["pope"]["scores"]
     assert found["judge"] == pytest.approx(1 / 12) and found["accuracy"] == 1
+    path.write_text(path.read_text().replace('"yes"', '"Yes"', 1))  # other predictions, judged anew
+    assert run(folder, tmp_path / "out", *more, tasks=("vsr", "pope"), model=False) == 0
+    found = results(tmp_path / "out")
+    assert found["tasks"]["pope"]["scores"]["judge"] == 0
+    assert found["run"] == {"predictions": [str(path)], "judge": str(folder / "judge")}
+    assert found["versions"]["fastprompt"] == fastprompt.__version__
 
 
 # ---- results ----

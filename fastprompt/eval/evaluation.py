@@ -4,7 +4,9 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -66,7 +68,7 @@ def load(tasks: list[str], data: str | Path, limit: int | None = None) -> dict[s
     if unknown or not tasks:
         raise ValueError(f"tasks: want some of {list(BENCHMARKS)}, got {unknown or 'none'}")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit: want at least 1, got {limit}")
+        raise InputError(f"limit: want at least 1, got {limit}")
     found = {}
     for task in tasks:
         every = BENCHMARKS[task].questions(Path(data))
@@ -134,7 +136,7 @@ def score(
     said: Said,
     output: Path,
     *,
-    run: Run,
+    about: dict[str, Any],
     missing_is_wrong: bool = False,
     by: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
     batch: int = 8,
@@ -144,10 +146,10 @@ def score(
     Args:
         tasks, output, batch: see `evaluate`.
         said: {id: prediction} of all tasks.
-        run: for the record.
+        about: what is written down of the run.
         missing_is_wrong: count questions without a prediction as wrong; else they are an error.
-        by: a judge, whose verdicts are kept in ``output/verdicts/<task>.jsonl`` and are a score
-            more, "judge".
+        by: a judge, whose verdicts on just these predictions are kept in ``output/verdicts/`` and
+            are a score more, "judge".
     """
     output.mkdir(parents=True, exist_ok=True)
     joined, results = {}, {}
@@ -157,7 +159,8 @@ def score(
         scores = task.benchmark.score(task.wanted, joined[name])
         if by is not None:
             ask = partial(judge.verdicts, *by, predictions=joined[name], batch=batch)
-            path = output / "verdicts" / f"{name}.jsonl"
+            judged = json.dumps([by[0].config.name_or_path, joined[name]]).encode()
+            path = output / "verdicts" / f"{name}-{sha256(judged).hexdigest()[:12]}.jsonl"
             there = [q for q in task.wanted if joined[name][q.id] is not None]
             verdicts = _kept(path, f"{name}, judged", task, there, ask)
             scores["judge"] = judge.accuracy(task.wanted, verdicts)
@@ -165,7 +168,7 @@ def score(
         results[name] = Result(name, len(task.wanted), missing, scores)
     if "mme" in tasks:
         write_results(tasks["mme"].wanted, joined["mme"], output / "mme_results")
-    write(output, results, asdict(run))
+    write(output, results, about)
     return results
 
 
@@ -201,4 +204,4 @@ def evaluate(
     """
     run, output, found = run or Run(), Path(output), load(tasks, data, limit)
     said = predict(model, processor, found, output, run=run, batch=batch)
-    return score(found, said, output, run=run)
+    return score(found, said, output, about=asdict(run))

@@ -12,6 +12,8 @@ from fastprompt.eval.questions import InputError, Question
 
 # what LLaVA-1.5 was trained to answer briefly after, and is evaluated with
 SUFFIX = "Answer the question using a single word or phrase."
+# whatever the checkpoint says of sampling; what it says would only be warned about
+GREEDY = dict(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None)
 
 
 def conversation(processor: ProcessorMixin, text: str, answer: str | None = None) -> str:
@@ -67,12 +69,8 @@ def generate(
     given = encode(model, processor, images, [conversation(processor, text) for text in texts])
     out = model.generate(
         **given,
+        **GREEDY,
         max_new_tokens=max_new_tokens,
-        num_beams=1,
-        do_sample=False,
-        temperature=None,  # what a checkpoint says of sampling would be warned about
-        top_p=None,
-        top_k=None,
         pad_token_id=processor.tokenizer.pad_token_id,
     )
     new = out[:, given["input_ids"].shape[1] :]

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastprompt.eval.answers import Predictions
+from fastprompt.eval.generate import GREEDY
 from fastprompt.eval.questions import Question
 
 TEMPLATE = (
@@ -49,14 +50,7 @@ def verdicts(
         given = tokenizer(prompts, return_tensors="pt", padding=len(part) > 1, padding_side="left")
         given = given.to(model.device)
         out = model.generate(
-            **given,
-            max_new_tokens=5,
-            num_beams=1,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id,
+            **given, **GREEDY, max_new_tokens=5, pad_token_id=tokenizer.pad_token_id
         )
         new = out[:, given["input_ids"].shape[1] :]
         said = tokenizer.batch_decode(new, skip_special_tokens=True)

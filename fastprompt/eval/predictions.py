@@ -3,19 +3,20 @@
 import json
 import os
 from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 
 from fastprompt.eval.questions import InputError, Question, json_lines
 
 
-def read(path: Path, known: Collection[str]) -> dict[str, str]:
-    """{id: prediction} of a file.
+def read(paths: list[Path], known: Collection[str]) -> dict[str, str]:
+    """{id: prediction} of all files.
 
     Raises:
         InputError: a line is not of the format, an id is not among ``known`` or stands twice.
     """
     found: dict[str, str] = {}
-    for where, row in json_lines(path):
+    for where, row in chain.from_iterable(map(json_lines, paths)):
         if not isinstance(row, dict) or not {"id", "prediction"} <= row.keys():
             raise InputError(f'{where}: want {{"id": …, "prediction": …}}, got {row}')
         name, said = row["id"], row["prediction"]
@@ -36,7 +37,7 @@ def resume(path: Path, known: Collection[str]) -> dict[str, str]:
     with open(path, "rb+") as file:
         text = file.read()
         file.truncate(text.rfind(b"\n") + 1)
-    return read(path, known) if b"\n" in text else {}
+    return read([path], known) if b"\n" in text else {}
 
 
 def append(path: Path, said: dict[str, str]) -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 
+import fastprompt
 from fastprompt.eval.benchmarks import BENCHMARKS, MM_AVG
 from fastprompt.files import replace
 
@@ -50,8 +53,11 @@ def write(folder: Path, results: dict[str, Result], about: dict[str, Any]) -> No
     averages = {"mm_avg": mm_avg(results), "mm_avg_judge": mm_avg(results, "judge")}
     averages = {name: value for name, value in averages.items() if value is not None}
     tasks = {name: asdict(r) | {"headline": r.headline} for name, r in results.items()}
-    whole = json.dumps({"run": about, "tasks": tasks} | averages, indent=1) + "\n"
-    replace(folder / "results.json", lambda part: part.write_text(whole))
+    versions = {module.__name__: module.__version__ for module in (fastprompt, torch, transformers)}
+    whole = {"run": about, "versions": versions, "tasks": tasks} | averages
+    replace(
+        folder / "results.json", lambda part: part.write_text(json.dumps(whole, indent=1) + "\n")
+    )
     text = markdown(results, averages)
     replace(folder / "results.md", lambda part: part.write_text(text))
     if len(results) >= 3:

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -51,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="results, and how far it got")
     parser.add_argument("--score", choices=SCORES, default=EXACT, help="exact match or ranking")
     parser.add_argument("--suffix", default=SUFFIX, help='after each question; "" for none')
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="of a greedy answer")
-    parser.add_argument("--limit", type=int, help="questions of each group")
-    parser.add_argument("--batch", type=int, default=8, help="questions (or options) at once")
+    parser.add_argument("--max-new-tokens", type=_count, default=16, help="of a greedy answer")
+    parser.add_argument("--limit", type=_count, help="questions of each group")
+    parser.add_argument("--batch", type=_count, default=8, help="questions (or options) at once")
     parser.add_argument("--missing-is-wrong", action="store_true", help="or it is an error")
     parser.add_argument("--judge", help="a language model (Vicuna 13B v1.5) that judges as well")
     parser.add_argument("--chat-template", type=Path, help="a Jinja file, for the processor")
@@ -61,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", help="of the weights: bfloat16, float32, …")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"want a number from 1, got {text!r}")
+    return int(text)
 
 
 def main(arguments: list[str]) -> int:
@@ -86,21 +93,17 @@ def _run(options: argparse.Namespace) -> None:
         run = Run(options.score, options.suffix, options.max_new_tokens, told)
         model, processor = load_model(options)
         said = predict(model, processor, tasks, options.output, run=run, batch=options.batch)
+        about = asdict(run)
         del model  # a judge may want the room
     else:
         known = {q.id for task in tasks.values() for q in task.every}
-        said, run = {}, Run(model={"predictions": " ".join(map(str, options.predictions))})
-        for path in options.predictions:
-            new = predictions.read(path, known)
-            if said.keys() & new.keys():
-                twice = min(said.keys() & new.keys())
-                raise InputError(f"{path}: another file has a prediction for {twice!r}, too")
-            said |= new
+        said = predictions.read(options.predictions, known)
+        about = {"predictions": list(map(str, options.predictions))}
     results = score(
         tasks,
         said,
         options.output,
-        run=run,
+        about=about | ({"judge": options.judge} if options.judge else {}),
         missing_is_wrong=options.missing_is_wrong,
         by=load_judge(options) if options.judge else None,
         batch=options.batch,
