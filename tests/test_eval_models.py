@@ -170,6 +170,17 @@ def test_options_that_are_greedy_are_known(processor):
     assert said and not greedy and tokens.exp() == pytest.approx(2 * [1 / 64], abs=1e-6)
 
 
+def test_an_option_ends_before_what_the_template_adds(processor):
+    ending = files.processor()
+    ending.chat_template = files.CHAT.replace("{{ c.text }} ", "{{ c.text }} </s>")
+    prompt = "is it? </s>ASSISTANT:"  # whose </s> and S are no answers either
+    assert conversation(ending, "is it?").endswith(prompt)
+    model = model_of("plain")
+    for option, letters in (("s", 2), ("S", 2), ("yes", 4)):
+        (tokens, _), *rest = log_likelihoods(model, ending, picture(0), "is it?", (option, "no"))
+        assert len(tokens) == letters and len(rest) == 1
+
+
 def test_a_template_that_hides_the_answer_is_refused(processor):
     other = files.processor()
     other.chat_template = files.CHAT.replace("{{ c.text }}", "{{ c.text.upper() }}")

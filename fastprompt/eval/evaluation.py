@@ -68,7 +68,7 @@ def load(tasks: list[str], data: str | Path, limit: int | None = None) -> dict[s
     if unknown or not tasks:
         raise ValueError(f"tasks: want some of {list(BENCHMARKS)}, got {unknown or 'none'}")
     if limit is not None and limit < 1:
-        raise InputError(f"limit: want at least 1, got {limit}")
+        raise ValueError(f"limit: want at least 1, got {limit}")
     found = {}
     for task in tasks:
         every = BENCHMARKS[task].questions(Path(data))

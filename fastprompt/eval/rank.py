@@ -92,12 +92,12 @@ def _tokens(
     texts = [prompt]
     for option in options:
         whole = conversation(processor, text, option)
-        end = whole.rfind(option) + len(option)
-        if not option or not whole.startswith(prompt) or end <= len(prompt):
+        begin = whole.find(option, len(prompt))
+        if not option or not whole.startswith(prompt) or begin < 0:
             raise InputError(
                 f"want a chat template that puts {option!r} after {prompt!r}: {whole!r}"
             )
-        texts.append(whole[:end])
+        texts.append(whole[: begin + len(option)])
     extra = special_tokens(processor, prompt)
     base, *full = (processor.tokenizer(t, **extra)["input_ids"] for t in texts)
     common = 0
