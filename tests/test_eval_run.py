@@ -320,6 +320,11 @@ def test_a_judge_is_a_score_more_and_goes_on_too(folder, tmp_path):
     assert found["tasks"]["pope"]["scores"]["judge"] == 0
     assert found["run"] == {"predictions": [str(path)], "judge": str(folder / "judge")}
     assert found["versions"]["fastprompt"] == fastprompt.__version__
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    more += ("--missing-is-wrong",)
+    assert run(folder, tmp_path / "few", *more, tasks=("vsr", "pope"), model=False) == 0
+    counts = [len(p.read_text().splitlines()) for p in (tmp_path / "few/verdicts").iterdir()]
+    assert sum(counts) == 12 + 3 - 1  # what is missing is not asked about
 
 
 # ---- results ----

@@ -97,7 +97,7 @@ def predict(
     model.eval()
     said: Said = {}
     for name, task in tasks.items():
-        said |= _kept(output / "predictions" / f"{name}.jsonl", name, task, task.wanted, ask)
+        said |= _kept(output / "predictions" / f"{name}.jsonl", name, task, ask)
     model.train(was_training)
     return said
 
@@ -113,17 +113,14 @@ def _answers(
 
 
 def _kept(
-    path: Path,
-    name: str,
-    task: Task,
-    wanted: list[Question],
-    ask: Callable[[list[Question]], Iterator[Said]],
+    path: Path, name: str, task: Task, ask: Callable[[list[Question]], Iterator[Said]]
 ) -> Said:
     """What ``path`` has of a task, and what ``ask`` yields of the rest, added to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     said = predictions.resume(path, {q.id for q in task.every})
-    left = [q for q in wanted if q.id not in said]
-    with tqdm(total=len(wanted), initial=len(wanted) - len(left), desc=name) as progress:
+    left = [q for q in task.wanted if q.id not in said]
+    done, total = len(task.wanted) - len(left), len(task.wanted)
+    with tqdm(total=total, initial=done, desc=name) as progress:
         for new in ask(left):
             predictions.append(path, new)
             said |= new
@@ -161,8 +158,7 @@ def score(
             ask = partial(judge.verdicts, *by, predictions=joined[name], batch=batch)
             judged = json.dumps([by[0].config.name_or_path, joined[name]]).encode()
             path = output / "verdicts" / f"{name}-{sha256(judged).hexdigest()[:12]}.jsonl"
-            there = [q for q in task.wanted if joined[name][q.id] is not None]
-            verdicts = _kept(path, f"{name}, judged", task, there, ask)
+            verdicts = _kept(path, f"{name}, judged", task, ask)
             scores["judge"] = judge.accuracy(task.wanted, verdicts)
         missing = sum(text is None for text in joined[name].values())
         results[name] = Result(name, len(task.wanted), missing, scores)
