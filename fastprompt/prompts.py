@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+CHILD = "fastprompt"  # the prompt's name in its layer
+
 
 class Prompt(nn.Module):
     """``tokens`` [P, D]: the rows that a block sees in front of its tokens.

@@ -21,7 +21,8 @@ def report(patch: Patch) -> str:
     lines = [f"fastprompt: {patch.method} on {type(model).__name__}", "", "towers"]
     for tower in patch.anatomy.towers:
         rows, depth = lengths.get(tower.kind, 0), len(tower.blocks) + len(tower.unread)
-        kinds = Counter(patch.replaced[b.name] for b in tower.blocks if b.name in patch.replaced)
+        found = (patch.replaced.get(block.name) for block in (*tower.blocks, *tower.unread))
+        kinds = Counter(what for what in found if what)
         what = ", ".join(f"{kind.removesuffix(' as side keys')} × {n}" for kind, n in kinds.items())
         what = f"{what} of {depth} blocks" if rows else "no prompts"
         lines.append(f"  {tower.kind:<8}{tower.family:<10}{what}  ({tower.name or 'the model'})")

@@ -27,6 +27,10 @@ class Method:
         """Parts that train beside the prompts: of "projector", "lm_head", "head"."""
         raise NotImplementedError
 
+    def shown(self) -> str:
+        """What a vision-language model's projector sees of the visual prompts: `tapping.SHOWN`."""
+        return "drop"
+
     def prompt(self, kind: str, layer: int, like: Tensor) -> Prompt | None:
         """A new prompt for block ``layer``, from 0, of such a tower; None: none there.
 
