@@ -1,6 +1,7 @@
 """Prompt tuning of frozen, 4-bit vision and vision-language transformers, as fused side keys."""
 
-from fastprompt import methods, ops
+from fastprompt import importers, methods, ops
+from fastprompt.assembly import assemble, assemble_processor
 from fastprompt.attention import register
 from fastprompt.checkpoint import load, read_card, save
 from fastprompt.doctor import report
@@ -10,6 +11,9 @@ from fastprompt.patching import Patch, patch, patch_of
 __version__ = "0.1.0"
 __all__ = [
     "Patch",
+    "assemble",
+    "assemble_processor",
+    "importers",
     "load",
     "methods",
     "ops",

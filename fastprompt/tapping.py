@@ -189,9 +189,13 @@ def make_room(processor: ProcessorMixin, model: nn.Module, tower: Tower, rows: i
     """Let a LLaVA processor write as many image tokens as the model has rows for an image."""
     if not hasattr(processor, "num_additional_image_tokens"):
         raise ValueError(f"processor: want a LlavaProcessor, got {type(processor).__name__}")
-    embeddings = tower.embeddings
-    # what the tower has beside patches: a class token, which the processor counts, too
-    own = any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
     processor.patch_size = tower.model.config.patch_size
     processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
-    processor.num_additional_image_tokens = own + rows
+    # rows beside patches: a class token, which the processor counts as well, and prompts
+    processor.num_additional_image_tokens = has_class_token(tower.model) + rows
+
+
+def has_class_token(tower: nn.Module) -> bool:
+    """Whether a vision encoder puts a class token before its patches."""
+    names = ("class_embedding", "cls_token")
+    return any(name.endswith(names) for name, _ in tower.named_parameters())
