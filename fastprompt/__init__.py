@@ -7,10 +7,12 @@ from fastprompt.checkpoint import load, read_card, save
 from fastprompt.doctor import report
 from fastprompt.families import supported
 from fastprompt.patching import Patch, patch, patch_of
+from fastprompt.reporting import Share, trainable_share
 
 __version__ = "0.1.0"
 __all__ = [
     "Patch",
+    "Share",
     "assemble",
     "assemble_processor",
     "importers",
@@ -23,6 +25,7 @@ __all__ = [
     "report",
     "save",
     "supported",
+    "trainable_share",
 ]
 
 register()

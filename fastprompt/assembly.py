@@ -8,6 +8,7 @@ code without fastprompt refuses it by name and never fills half a projector with
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ from fastprompt.tapping import has_class_token, make_room
 IMAGE_TOKEN = "<image>"
 _EVEN = 64  # rows of embeddings are made a multiple of it, as matrix products like them
 # what transformers leaves on a model that it loaded in 4-bit, beside the config's entry
+# of a whole model, by name from its root; the language model alone is in 4-bit
+_DENSE = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 _QUANTIZED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit")
 _QUANTIZED += ("is_4bit_serializable", "hf_device_map")
 
@@ -125,8 +128,8 @@ def assemble(
             part.reset_parameters()
     model.generation_config = tongue.generation_config
     if quantized is not None:
-        quantized.llm_int8_skip_modules = ["vision_tower", "multi_modal_projector", "lm_head"]
-        config.quantization_config = quantized
+        config.quantization_config = copy.copy(quantized)  # the caller's stays as it is
+        config.quantization_config.llm_int8_skip_modules = _DENSE
         for name in _QUANTIZED:
             if name in vars(tongue):
                 setattr(model, name, vars(tongue)[name])
@@ -189,18 +192,16 @@ def _language(
 
 
 def _vision(given: str | Path | PreTrainedModel, tongue: PreTrainedModel) -> PreTrainedModel:
+    kind = type(given)
     if not isinstance(given, PreTrainedModel):
         config = AutoConfig.from_pretrained(given)
-        config = getattr(config, "vision_config", config)
-        if type(config) not in MODEL_MAPPING:
-            raise ValueError(f"{given}: want a vision encoder, got a {type(config).__name__}")
-        given = MODEL_MAPPING[type(config)].from_pretrained(
-            given, config=config, dtype=tongue.dtype
-        )
-    family = next((f for f in TOWERS if f.serves(given)), None)
-    if family is None or family.kind != VISION:
+        config = getattr(config, "vision_config", config)  # a whole CLIP's has it inside
+        kind = MODEL_MAPPING.get(type(config), type(config))
+    if not any(f.kind == VISION and kind.__name__ in f.classes for f in TOWERS):
         names = ", ".join(f.name for f in TOWERS if f.kind == VISION)
-        raise ValueError(f"vision: want an encoder of {names}; got {type(given).__name__}")
+        raise ValueError(f"vision: want an encoder of {names}; got {kind.__name__}")
+    if not isinstance(given, PreTrainedModel):
+        given = kind.from_pretrained(given, config=config, dtype=tongue.dtype)
     return given.to(tongue.device, tongue.dtype)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 
 from fastprompt import attention, hooks, linear4bit, tapping, trainer
@@ -15,7 +14,8 @@ from fastprompt.families import VISION, Tower
 from fastprompt.families.base import join
 from fastprompt.loss import FusedLoss
 from fastprompt.pools import Pool
-from fastprompt.prompts import CHILD
+from fastprompt.prompts import CHILD, row_like
+from fastprompt.reporting import is_tied
 from fastprompt.trained import trained_copy
 
 if TYPE_CHECKING:
@@ -74,21 +74,21 @@ def apply(done: Patch) -> None:
 def _train(done: Patch, part: str, name: str) -> None:
     model = done.model
     parent, _, child = name.rpartition(".")
-    old = model.get_submodule(name)
+    old, tied = model.get_submodule(name), part == "lm_head" and is_tied(model)
     new = trained_copy(old)
     done._undo.append(("module", (model.get_submodule(parent), child, old)))
     setattr(model.get_submodule(parent), child, new)
     done._names += [f"{name}.{n}" for n, _ in new.named_parameters()]
     low = [n for n, m in old.named_modules() if type(m) is not type(new.get_submodule(n))]
-    done.replaced[name] = f"{part}, trains" + (" as a float32 copy" if low else "")
+    how = " as a float32 copy" * bool(low)
+    how += ", untied from the embeddings" * tied
+    done.replaced[name] = f"{part}, trains{how}"
 
 
 def _add_prompts(done: Patch, tower: Tower) -> None:
-    blocks, shown = list(tower.blocks), _shown(done, tower)
-    if shown == "raw":
-        blocks.append(tower.unread[0])
+    blocks, shown = done.method.blocks(tower), _shown(done, tower)
     for layer, block in enumerate(blocks):
-        prompt = done.method.prompt(tower.kind, layer, _row(block.norm.weight))
+        prompt = done.method.prompt(tower.kind, layer, row_like(block.norm.weight))
         if prompt is not None:
             _add_child(done, block.layer, block.name, prompt)
             done.replaced[block.name] = done.method.describe(tower.kind, layer)
@@ -109,15 +109,9 @@ def _add_child(done: Patch, parent: nn.Module, name: str, child: nn.Module) -> N
     done._names += [join(name, CHILD, n) for n, _ in child.named_parameters()]
 
 
-def _row(weight: Tensor) -> Tensor:
-    """[D]: the dtype that prompts have beside a norm's weight, its width and its device."""
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
-
-
 def _add_pool(done: Patch, pool: Pool) -> None:
     tower = pool.tower
-    keys = pool.method.shared_keys(_row(tower.blocks[0].norm.weight))
+    keys = pool.method.shared_keys(row_like(tower.blocks[0].norm.weight))
     if keys is not None:
         _add_child(done, tower.model, tower.name, keys)
         done.replaced[join(tower.name, CHILD)] = f"{len(keys.keys)} pool keys, trains"

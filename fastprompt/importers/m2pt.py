@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastprompt.families import TEXT, VISION, Anatomy, Block, anatomy
+from fastprompt.families import TEXT, VISION, Anatomy, anatomy
 from fastprompt.files import replace
 from fastprompt.importers.projector import check_projector, fill_projector, read_projector
 from fastprompt.importers.shards import Shards
@@ -99,7 +99,7 @@ def load_m2pt(
         raise
     with torch.no_grad():
         for kind, found in prompts.items():
-            for block, tokens in zip(_blocks(parts, kind, visual_prompts), found, strict=False):
+            for block, tokens in zip(method.blocks(parts.tower(kind)), found, strict=False):
                 getattr(block.layer, CHILD).tokens.copy_(tokens[0])
         if projector:
             fill_projector(own, projector)
@@ -132,7 +132,7 @@ def save_m2pt(model: nn.Module | Patch, path: str | Path) -> Path:
         raise ValueError(f"save_m2pt: want M2PT(visual_prompts='raw'), got {method}")
     tensors = {}
     for kind, prefix in PREFIX.items():
-        for i, block in enumerate(_blocks(done.anatomy, kind, "raw")):
+        for i, block in enumerate(method.blocks(done.anatomy.tower(kind))):
             if hasattr(block.layer, CHILD):
                 tensors[f"{prefix}{i}"] = getattr(block.layer, CHILD).tokens[None]
     projector = done.model.get_submodule(done.anatomy.parts["projector"])
@@ -148,18 +148,13 @@ def save_m2pt(model: nn.Module | Patch, path: str | Path) -> Path:
     return path
 
 
-def _blocks(parts: Anatomy, kind: str, shown: str) -> list[Block]:
-    """The blocks of a tower that have a prompt of their own."""
-    tower = parts.tower(kind)
-    return [*tower.blocks, *(tower.unread[:1] if shown == "raw" else [])]
-
-
 def _prompts(shards: Shards, parts: Anatomy, kind: str, shown: str) -> list[Tensor]:
     """[1, P, D] for each block that wants one; none where the checkpoint has none of the tower."""
     names = {int(m[1]): name for name in shards.files if (m := _PROMPT[kind].fullmatch(name))}
     if not names:
         return []
-    tower, blocks = parts.tower(kind), _blocks(parts, kind, shown)
+    tower = parts.tower(kind)
+    blocks = M2PT(visual_prompts=shown).blocks(tower)
     depth = len(tower.blocks) + len(tower.unread)
     if max(names) >= depth:
         raise ValueError(

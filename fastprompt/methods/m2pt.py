@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastprompt.families import TEXT, VISION, Anatomy
+from fastprompt.families import TEXT, VISION, Anatomy, Block, Tower
 from fastprompt.methods.base import Method
 from fastprompt.tapping import SHOWN
 
@@ -38,6 +38,10 @@ class M2PT(Method):
 
     def shown(self) -> str:
         return self.visual_prompts
+
+    def blocks(self, tower: Tower) -> list[Block]:
+        raw = tower.kind == VISION and self.visual_prompts == "raw"
+        return [*tower.blocks, *tower.unread[:1]] if raw else tower.blocks
 
     def check(self, anatomy: Anatomy) -> None:
         if "projector" not in anatomy.parts:
