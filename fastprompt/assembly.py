@@ -240,6 +240,7 @@ def _make_room_for_image_token(
     return token
 
 
+# at import, or from_pretrained would not know the type of a folder that `assemble` led to
 AutoConfig.register(LinearLlavaConfig.model_type, LinearLlavaConfig, exist_ok=True)
 AutoModelForImageTextToText.register(
     LinearLlavaConfig, LinearLlavaForConditionalGeneration, exist_ok=True

@@ -44,13 +44,15 @@ class HostMethod:
     def undo(self) -> None:
         vars(self.host).pop(self.name, None)
 
-    @property
-    def own(self) -> Callable[..., Any]:
-        return getattr(type(self.host), self.name).__get__(self.host)
+    def own(self, *args, **kwargs) -> Any:
+        # not bound first: torch.compile would look a bound method up on the instance, and find us
+        return getattr(type(self.host), self.name)(self.host, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.own)  # `generate` asks for it
+        """`generate` asks which arguments there are: the class's own, without self."""
+        signature = inspect.signature(getattr(type(self.host), self.name))
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 @dataclass(eq=False)
@@ -116,7 +118,11 @@ class ShowRaw:
     prompt: Prompt
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Any:
-        return torch.cat([rows_for(self.prompt, output), output], 1) if kwargs.get(IMAGE) else None
+        if not kwargs.get(IMAGE):
+            return None
+        if hasattr(self.prompt.tokens, "full_tensor"):  # gathered for its own block's forward alone
+            raise ValueError("visual_prompts='raw': want whole parameters, got FSDP's shards")
+        return torch.cat([rows_for(self.prompt, output), output], dim=1)
 
 
 @dataclass(eq=False)

@@ -235,6 +235,19 @@ def copy_of_unrun(shown):
     return model
 
 
+@pytest.mark.parametrize("shown", ["raw", "context"])
+def test_torch_compile_of_the_image_features(shown):
+    model = build(dtype=torch.float32, exact=False)
+    fastprompt.patch(model, method(shown))
+    pixels = given(torch.float32)["pixel_values"]
+
+    def image(pixels):
+        return torch.stack(model.get_image_features(pixels).pooler_output)
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(image, backend="eager")(pixels), image(pixels))
+
+
 def processor(**more):
     words = tokenizer(["what", "is", "it"])
     words.add_special_tokens({"additional_special_tokens": ["<image>"]})
@@ -281,6 +294,8 @@ def test_refusals():
     refused(r"'context': want one tapped layer, got .*\[1, -2\]", method("context"), tap=[1, -2])
     refused("'raw'.* and a block after it; got .*-1 of 3", method("raw"), tap=-1)
     refused("'context': want the output of a block tapped; got", method("context"), tap=0)
+    if _CHECKPOINTS_CALLS:
+        refused("hands keywords on to its blocks; dinov2", method("raw"), vision="dinov2")
     model = build()
     patch = fastprompt.patch(model, method("raw"))
     with pytest.raises(ValueError, match="want vision_feature_layer -2, as at patching; got -1"):

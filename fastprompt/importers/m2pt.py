@@ -113,7 +113,8 @@ def save_m2pt(model: nn.Module | Patch, path: str | Path) -> Path:
     """Write what trains under the names of M²PT's released code.
 
     There, ``model.load_state_dict(torch.load(path), strict=False)`` takes it, after the model was
-    built with its ``PT_len`` and ``VIT_PT_len`` (the lengths of text and vision).
+    built with its ``PT_len`` and ``VIT_PT_len`` (the lengths of text and vision). Rows of lm_head
+    that came with the image token, of which that code knows nothing, are left out.
 
     Args:
         model: patched with `M2PT`, ``visual_prompts="raw"``, which is what that code computes, and
@@ -140,7 +141,7 @@ def save_m2pt(model: nn.Module | Patch, path: str | Path) -> Path:
         raise ValueError(f"save_m2pt: want one linear projector, got {type(projector).__name__}")
     tensors |= {f"{PROJECTOR}{name}": p for name, p in projector.named_parameters()}
     if method.train_lm_head:
-        tensors[HEAD] = done.model.lm_head.weight
+        tensors[HEAD] = _without_image_token(done.model)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().clone() for name, t in tensors.items()}
@@ -166,10 +167,11 @@ def _prompts(shards: Shards, parts: Anatomy, kind: str, shown: str) -> list[Tens
             f"{shards.path}: want a prompt for every layer; missing {', '.join(missing)}"
         )
     found = shards.read([names[i] for i in range(len(blocks))])
-    P, D = next(iter(found.values())).shape[-2], blocks[0].width
+    first, D = next(iter(found.values())), blocks[0].width
+    P = first.shape[1] if first.ndim == 3 else "P"  # DeepSpeed can leave an empty stand-in
     for name, tensor in found.items():
         if tensor.shape != (1, P, D):
-            raise ValueError(f"{shards.path}: {name}: want {[1, P, D]}, got {list(tensor.shape)}")
+            raise ValueError(f"{shards.path}: {name}: want [1, {P}, {D}], got {list(tensor.shape)}")
     return list(found.values())
 
 
@@ -184,3 +186,9 @@ def _read_head(shards: Shards, model: nn.Module) -> Tensor | None:
             f"got {list(weight.shape)}"
         )
     return weight
+
+
+def _without_image_token(model: nn.Module) -> Tensor:
+    weight, token = model.lm_head.weight, model.config.image_token_index
+    # in the last rows, which are there for it: up to 64, as LLaVA's and `assemble`'s are padded
+    return weight[:token] if 0 < len(weight) - token <= 64 else weight
