@@ -4,7 +4,8 @@ LLaVA taps one hidden state of the tower, takes the class token off its front an
 the projector. The model's own pass of the tower is told by a keyword, which goes down to the
 blocks: one that gradient checkpointing recomputes meets it again. In that pass
 
-* blocks past the tap do not run: nothing reads them;
+* blocks past the tap do not run: nothing reads them (DINOv2's of transformers 5.17, which hands no
+  keywords on, do);
 * `visual_prompts` puts prompt rows into the tapped state. The released code of M2PT
   (github.com/William-wAng618/M2PT) does so without saying: it taps the state after the next
   block's prompts were written into it, and takes one row off the front: a prompt's, not the class
