@@ -104,8 +104,6 @@ def assemble(
     image_token = _make_room_for_image_token(tongue, tokenizer)
 
     quantized = getattr(tongue.config, "quantization_config", None)
-    if quantized is not None:  # of the whole model from now on, or a reload would not find it
-        del tongue.config.quantization_config
     config_class, model_class = _KINDS[projector]
     size, patch = eye.config.image_size, eye.config.patch_size
     config = config_class(
@@ -128,7 +126,8 @@ def assemble(
             part.reset_parameters()
     model.generation_config = tongue.generation_config
     if quantized is not None:
-        config.quantization_config = copy.copy(quantized)  # the caller's stays as it is
+        # at the whole model's config a reload finds it
+        config.quantization_config = copy.copy(quantized)
         config.quantization_config.llm_int8_skip_modules = _DENSE
         for name in _QUANTIZED:
             if name in vars(tongue):

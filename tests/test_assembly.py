@@ -108,7 +108,9 @@ def test_a_token_that_has_room_resizes_nothing(folders):
 
 def test_four_bit_language_model(folders, tmp_path):
     _, _, root = folders
-    model = fastprompt.assemble(root / "clip", root / "llama", quantization_config=four_bit())
+    given = four_bit()
+    model = fastprompt.assemble(root / "clip", root / "llama", quantization_config=given)
+    assert given.llm_int8_skip_modules is None  # the caller's stays as it is
     kinds = {n: type(m).__name__ for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert {k for n, k in kinds.items() if "language_model" in n} == {"Linear4bit"}
     assert {k for n, k in kinds.items() if "language_model" not in n} == {"Linear"}

@@ -1,7 +1,6 @@
 """Checkpoints of M2PT's released code and trained projectors: what is read, what is refused."""
 
 import json
-import zipfile
 
 import pytest
 import tiny
@@ -148,6 +147,19 @@ def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
     assert sorted(seen) == sorted([*names("vision")[:-1], *names("text"), *projector])
 
 
+def test_a_file_is_mapped_not_read(tmp_path, monkeypatch):
+    write(tmp_path, trained())
+    options, load = [], torch.load
+
+    def watch(*args, **more):
+        options.append(more)
+        return load(*args, **more)
+
+    monkeypatch.setattr(torch, "load", watch)
+    load_m2pt(build(), tmp_path)
+    assert len(options) == 2 and all(o["mmap"] and o["weights_only"] for o in options)
+
+
 def test_prompts_alone_in_one_file(tmp_path):
     tensors = {n: t for n, t in trained().items() if "prompts" in n}
     torch.save(tensors, tmp_path / "prompts.bin")
@@ -220,10 +232,8 @@ def test_a_damaged_shard_is_named(tmp_path, what):
     if what == "its end":
         data = data[: len(data) // 2]
     else:
-        with zipfile.ZipFile(file) as archive:
-            tensor = trained()[name].numpy().tobytes()
-            pickled = next(r for r in archive.infolist() if r.filename.endswith("data.pkl"))
-        place = data.find(tensor) + 9 if "prompt" in what else pickled.header_offset + 200
+        tensor = trained()[name].numpy().tobytes()
+        place = data.find(tensor) + 9 if "prompt" in what else data.find(name.encode()) + 14
         data[place] ^= 0x40
     file.write_bytes(data)
     refused(file.name + ": (damaged: .*prompts.1 fails its CRC|want a whole file)", tmp_path)
@@ -310,6 +320,23 @@ def test_a_projector_of_every_origin(tmp_path, of, kind, patched):
         torch.testing.assert_close(p, want[name].half().float() if of == "llava" else want[name])
 
 
+def quantize_projector(model):
+    from bitsandbytes.nn import Linear4bit
+
+    new = Linear4bit(32, 32, compute_dtype=torch.float32, quant_type="nf4")
+    new.load_state_dict(model.model.multi_modal_projector.state_dict())
+    model.model.multi_modal_projector = new.to("cpu").requires_grad_(False)
+    return model
+
+
+def test_a_four_bit_projector_that_trains_is_dense(tmp_path):
+    file, tensors = tmp_path / "mm_projector.bin", {"weight": torch.eye(32), "bias": torch.ones(32)}
+    torch.save({f"model.mm_projector.{name}": t for name, t in tensors.items()}, file)
+    model = quantize_projector(build())
+    fastprompt.patch(model, M2PT(0, 0))
+    assert torch.equal(load_projector(model, file).weight, torch.eye(32))
+
+
 def test_projectors_refused(tmp_path):
     file = tmp_path / "mm_projector.bin"
 
@@ -326,6 +353,8 @@ def test_projectors_refused(tmp_path):
     refused(want + r"got one of .*\(weight \[48, 32\], bias \[48\]\)", wide, **load)
     alone = saved({"weight": w})
     refused(want + r"got one of 1 linear layer \(weight \[32, 32\]\)", alone, **load)
+    packed = quantize_projector(build())
+    refused("want a dense projector, got a 4-bit one: patch the model", alone, packed, **load)
     torch.save({"other": w}, file)
     refused("want a projector .* in it", file, **load)
     refused("want a vision-language model, got llama", file, tiny.build("llama"), **load)

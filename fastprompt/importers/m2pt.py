@@ -105,7 +105,6 @@ def load_m2pt(
             fill_projector(own, projector)
         if head is not None:
             model.lm_head.weight[: len(head)].copy_(head)
-    done.refresh()
     return done
 
 
