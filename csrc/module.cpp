@@ -253,12 +253,17 @@ void select(const std::array<int64_t, 7>& addresses, const std::array<int64_t, 4
 }  // namespace
 }  // namespace fastprompt
 
+namespace fastprompt {
+void bind_elementwise(pybind11::module_&);  // elementwise_module.cpp
+}
+
 PYBIND11_MODULE(_native, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled part of fastprompt; use it through fastprompt.native.";
-  m.attr("ABI") = 5;  // raised with every change of what native.py calls
+  m.attr("ABI") = 6;  // raised with every change of what native.py calls
   m.def("variants", &fastprompt::names, "Instruction sets that this machine runs, best first.");
   m.def("decode", &fastprompt::decode, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("multiply", &fastprompt::multiply, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("attention", &fastprompt::attention, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("select", &fastprompt::select, pybind11::call_guard<pybind11::gil_scoped_release>());
+  fastprompt::bind_elementwise(m);
 }

@@ -1,4 +1,5 @@
-"""The only file that touches the compiled part (csrc/): 4-bit weights, attention, selection.
+"""What touches the compiled part (csrc/): 4-bit weights, attention, selection. Norms, activations
+and rotation are in `native_elementwise`; nothing else does.
 
 The package works without it: `available()` says whether it is there, `why_missing()` why not.
 """
@@ -11,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ABI = 5  # csrc/module.cpp has the same; a module left from another version is not called
+ABI = 6  # csrc/module.cpp has the same; a module left from another version is not called
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/decode.h: Dtype
 MASKS = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 2}  # csrc/attention.h: Mask::Kind
 

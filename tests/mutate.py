@@ -1,11 +1,11 @@
 """Break one line at a time; some test must fail.  python tests/mutate.py [FILE ...]
 
 Every line of the given files that computes something (device code of the Triton kernels, the
-vendors' merge and csrc's attention by default) gets one change: an operator or a function swapped
-for another. A copy of the repository with that one change runs the tests that the file answers to
-(C++ is compiled for this machine's best instruction set alone, and linked with what `setup.py
-build_ext --inplace` left in build/). What survives is printed; tests/README.md records the last
-run and says of each survivor why it may live.
+vendors' merge, csrc's attention and elementwise work by default) gets one change: an operator or a
+function swapped for another. A copy of the repository with that one change runs the tests that the
+file answers to (C++ is compiled for this machine's best instruction set alone, and linked with what
+`setup.py build_ext --inplace` left in build/). What survives is printed; tests/README.md records
+the last run and says of each survivor why it may live.
 """
 
 import argparse
@@ -50,6 +50,10 @@ FILES = {  # file -> what selects its tests
     OPS + "fp8_linear_triton.py": "triton",
     "csrc/attention_blocks.h": "avx512 or avx2 or neon",
     "csrc/attention_single.h": "(avx512 or avx2 or neon) and (single or sets_of)",
+    "csrc/norms_blocks.h": "(avx512 or avx2 or neon) and not activations and not rotation",
+    "csrc/activations_blocks.h": "(avx512 or avx2 or neon) and not norm",
+    "csrc/rotation_blocks.h": "(avx512 or avx2 or neon) and not norm and not activations",
+    "csrc/rows.h": "avx512 or avx2 or neon",
 }
 OWN_TESTS = {  # of those that TESTS are not about
     OPS + "norms_triton.py": "tests/test_norms.py",
@@ -60,6 +64,12 @@ OWN_TESTS = {  # of those that TESTS are not about
     OPS + "fp8_linear_triton.py": "tests/test_fp8.py",
     "csrc/attention_blocks.h": "tests/test_native_attention.py",
     "csrc/attention_single.h": "tests/test_native_attention.py",
+    "csrc/norms_blocks.h": "tests/test_native_elementwise.py",
+    "csrc/activations_blocks.h": (
+        "tests/test_native_activations.py tests/test_native_elementwise.py"
+    ),
+    "csrc/rotation_blocks.h": "tests/test_native_elementwise.py",
+    "csrc/rows.h": "tests/test_native_elementwise.py",
 }
 SWAPS = {
     "+": "-", "-": "+", "*": "+", "//": "*", "/": "*", "%": "+", "<": "<=", "<=": "<", ">": ">=",
@@ -110,21 +120,25 @@ def cpp_mutations(source: str) -> list[tuple[int, str, str]]:
 
 
 @functools.cache
-def cpp_commands() -> tuple[str, str, str]:
-    """How setup.py's ninja compiles the attention of this machine's best instruction set, into
-    which object, and how it links."""
+def cpp_commands(part: str) -> tuple[str, str, str]:
+    """How setup.py's ninja compiles a part (attention, say) for this machine's best instruction
+    set, into which object, and how it links."""
     ask = [sys.executable, "-c", "from fastprompt import native; print(native.isa())"]
     isa = subprocess.check_output(ask, cwd=ROOT, text=True).strip()
     listed = ["ninja", "-C", next(ROOT.glob("build/temp.*")), "-t", "commands"]
     lines = subprocess.check_output(listed, text=True).splitlines()
-    compiling = next(line for line in lines if line.endswith(f"attention_{isa}.cpp.o"))
+    compiling = next(line for line in lines if line.endswith(f"{part}_{isa}.cpp.o"))
     return compiling.replace(" -O3 ", " -O1 "), compiling.split()[-1], lines[-1]
 
 
-def compile_cpp(folder: Path) -> bool:
-    """Puts the folder's own attention behind its `_native`; False where it does not compile."""
-    compiling, old, linking = cpp_commands()
-    own, target = folder / "attention.o", next(folder.glob("fastprompt/_native*"))
+def part_of(file: str) -> str:
+    return "attention" if "attention" in file else "elementwise"
+
+
+def compile_cpp(folder: Path, part: str) -> bool:
+    """Puts the folder's own part behind its `_native`; False where it does not compile."""
+    compiling, old, linking = cpp_commands(part)
+    own, target = folder / "part.o", next(folder.glob("fastprompt/_native*"))
     compiling = compiling.replace(f"{ROOT}/csrc", f"{folder}/csrc").replace(old, str(own))
     linking = re.sub(r"-o \S+", f"-o {target}", linking.replace(old, str(own)))
     target.unlink()
@@ -167,9 +181,9 @@ def outcome(job: tuple[str, int, str, str]) -> str:
     for plugin in ("logging", "cacheprovider", "xdist", "faulthandler"):
         selection += ["-p", f"no:{plugin}"]
     try:
-        if file.startswith("csrc") and not compile_cpp(folder):
+        if file.startswith("csrc") and not compile_cpp(folder, part_of(file)):
             return BROKEN
-        tests = [OWN_TESTS[file]] if file in OWN_TESTS else TESTS
+        tests = OWN_TESTS[file].split() if file in OWN_TESTS else TESTS
         failed = (
             pytest.main([*selection, *tests], plugins=[SlowLast]) == pytest.ExitCode.TESTS_FAILED
         )
@@ -201,8 +215,9 @@ def main() -> None:
     }
     jobs = [(f, *m) for f in given.files for m in found[f]][given.skip :]
     words = []
-    if any(f.startswith("csrc") for f in given.files):
-        cpp_commands()  # asked for once, before anything is forked
+    for file in given.files:
+        if file.startswith("csrc"):
+            cpp_commands(part_of(file))  # asked for once, before anything is forked
     with get_context("fork").Pool(given.jobs, maxtasksperchild=1) as pool:
         # unbroken, everything must pass, or nothing below means anything
         first = {f: text.splitlines()[0] for f, text in texts.items()}

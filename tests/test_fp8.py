@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from backends import every_backend, every_pair
+from backends import every_backend_but_native as every_backend
+from backends import every_pair_but_native as every_pair
 from fp8_casts import fp8_casts as fp8_casts
 from frozen import NF4
 

@@ -84,8 +84,6 @@ def normalize_backward(
     """
     dtype = x.dtype if residual is None else residual.dtype
     dy, x, dh = _rows(dy), _rows(x), None if residual is None else _rows(residual)
-    if norm.kind == LAYER:
-        into = _worth(into)
     if into is not None and (into.dtype != dtype or not into.is_contiguous()):
         into = None
     out = x.new_empty(x.shape, dtype=dtype) if into is None and dtype != x.dtype else into
@@ -146,15 +144,10 @@ def activate_backward(
 def _act(name: str, x: Tensor, into: Tensor | None) -> Tensor:
     if name == "silu":
         return F.silu(x)
-    return gelu(x, _GELU[name], out=_worth(into))
+    return gelu(x, _GELU[name], out=into)
 
 
 def _act_backward(name: str, dy: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
     if name == "silu":
         return torch.ops.aten.silu_backward(dy, x)
-    return gelu_backward(dy, x, _GELU[name], out=_worth(into))
-
-
-def _worth(into: Tensor | None) -> Tensor | None:
-    """On the CPU torch gives memory of its own, from which it would have to be copied."""
-    return None if into is not None and into.is_cpu else into
+    return gelu_backward(dy, x, _GELU[name], out=into)

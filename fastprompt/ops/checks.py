@@ -5,8 +5,11 @@ import os
 import torch
 from torch import Tensor
 
+from fastprompt import native_elementwise
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("auto", "triton", "plain", "reference")
+AND_NATIVE = ("auto", "triton", "native", "plain", "reference")  # of the ops that csrc has too
 MOST_CHANNELS = 16384  # of a row that a norm's program holds: 16 a thread of 1024, of each tensor
 
 
@@ -19,14 +22,23 @@ def by_triton(x: Tensor, backend: str) -> bool:
     return backend == "triton" or x.device.type == "cuda"
 
 
+def by_native(backend: str, *tensors: Tensor | None, alike: bool = False) -> bool:
+    """Whether csrc runs on these (of one dtype: ``alike``); else torch's own operations do."""
+    if backend == "auto" and torch.compiler.is_compiling():
+        return False
+    return backend in ("auto", "native") and native_elementwise.serves(*tensors, alike=alike)
+
+
 def by_reference(x: Tensor, backend: str) -> bool:
     """Whether the definition itself runs; "plain" alone has formulas of its own for float64."""
     return backend == "reference" or (x.dtype == torch.float64 and backend != "plain")
 
 
-def check_backend(backend: str, device: torch.device) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {backend!r}")
+def check_backend(backend: str, device: torch.device, backends: tuple = BACKENDS) -> None:
+    if backend not in backends:
+        raise ValueError(f"backend: want one of {', '.join(backends)}; got {backend!r}")
+    if backend == "native" and device.type != "cpu":
+        raise ValueError(f'backend: want tensors on the CPU for "native", got them on {device}')
     # the interpreter is looked for only where it is asked for
     if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(

@@ -12,8 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt import native_elementwise
 from fastprompt.ops import reference
-from fastprompt.ops.checks import by_reference, by_triton, check_backend, check_floats, check_shape
+from fastprompt.ops.checks import (
+    AND_NATIVE,
+    by_native,
+    by_reference,
+    by_triton,
+    check_backend,
+    check_floats,
+    check_shape,
+)
 from fastprompt.ops.layout import placed
 
 # as torch names them -> as `activations_triton` does
@@ -34,9 +43,17 @@ def forward(
         y = x.new_empty(x.shape) if out is None else out
         triton.forward(x, None, KINDS[approximate], y)
         return y
+    # torch's own erf is quicker, at less accuracy far below 0
+    wanted = approximate != "none" or backend == "native"
+    if wanted and by_native(backend, x, out, alike=True):
+        y = x.new_empty(x.shape) if out is None else out
+        native_elementwise.activate(x, None, KINDS[approximate], y)
+        return y
     if approximate == "quick":
         return placed((1.702 * x).sigmoid_().mul_(x), out, x.dtype)
-    return placed(F.gelu(x, approximate=approximate), out, x.dtype)
+    if out is None or out.dtype != x.dtype or torch.compiler.is_compiling():
+        return placed(F.gelu(x, approximate=approximate), out, x.dtype)
+    return torch.ops.aten.gelu.out(x, approximate=approximate, out=out)
 
 
 def backward(
@@ -55,6 +72,10 @@ def backward(
 
         dx = x.new_empty(x.shape) if out is None else out
         triton.backward(dy, x, None, KINDS[approximate], dx, None)
+        return dx
+    if by_native(backend, x, dy, out, alike=True):
+        dx = x.new_empty(x.shape) if out is None else out
+        native_elementwise.activate_backward(dy, x, None, KINDS[approximate], dx, None)
         return dx
     if approximate == "quick":
         # silu of 1.702 x, divided by 1.702: the slope is silu's
@@ -118,9 +139,10 @@ def gelu(x: Tensor, approximate: str = "none", *, backend: str = "auto") -> Tens
             (on CUDA leading axes that merge into three at most).
         approximate: "none" (by erf: ViT, DINOv2), "tanh" (SigLIP) or "quick"
             (``x · sigmoid(1.702 x)``: CLIP).
-        backend: "triton" (CUDA; on the CPU its interpreter), "plain" (torch's operations with a
-            hand-written backward) or "reference". "auto" is Triton on CUDA, else plain; float64 is
-            the reference unless "plain".
+        backend: "triton" (CUDA; on the CPU its interpreter), "native" (csrc: float32 and bfloat16
+            on the CPU), "plain" (torch's operations with a hand-written backward) or "reference".
+            "auto" is Triton on CUDA, else native but for "none" forward, where torch's own is
+            quicker; what either does not take is plain, float64 the reference unless "plain".
 
     Returns:
         [..., F] in x's dtype, contiguous.
@@ -129,7 +151,7 @@ def gelu(x: Tensor, approximate: str = "none", *, backend: str = "auto") -> Tens
         ValueError: a stride, dtype, device or approximation that the op does not serve.
     """
     check_floats(x=x)
-    check_backend(backend, x.device)
+    check_backend(backend, x.device, AND_NATIVE)
     if approximate not in KINDS:
         raise ValueError(f"approximate: want one of {', '.join(KINDS)}; got {approximate!r}")
     if x.ndim == 0:

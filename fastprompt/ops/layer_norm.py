@@ -12,10 +12,13 @@ Layer norm: arXiv 1607.06450.
 import torch
 from torch import Tensor
 
+from fastprompt import native_elementwise
 from fastprompt.ops import reference
 from fastprompt.ops.checks import (
+    AND_NATIVE,
     FLOATS,
     MOST_CHANNELS,
+    by_native,
     by_reference,
     by_triton,
     check_backend,
@@ -55,13 +58,18 @@ def forward(
     if residual is not None:
         h = x.new_empty(x.shape) if total is None else total
         check_out("total", h, x)
-    if _by_triton(x, backend):
-        from fastprompt.ops import norms_triton as triton
-
+    in_triton = _by_triton(x, backend)
+    if in_triton or by_native(backend, x, residual, out):
         y = x.new_empty(x.shape) if out is None else out
         mean, rstd = (x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2))
         total = None if residual is None else h
-        triton.forward(x, residual, weight, bias, eps, 0.0, False, y, total, mean, rstd, scale)
+        if in_triton:
+            from fastprompt.ops import norms_triton as triton
+
+            triton.forward(x, residual, weight, bias, eps, 0.0, False, y, total, mean, rstd, scale)
+        else:
+            norm = native_elementwise.norm_forward
+            norm(x, residual, weight, bias, eps, 0.0, False, y, total, mean, rstd)
         return y, h, mean, rstd
     if residual is not None:
         torch.add(x, residual, out=h)
@@ -98,6 +106,12 @@ def backward(
 
         dx = h.new_empty(h.shape) if out is None else out
         triton.backward(dy, h, weight, mean, rstd, dh, eps, 0.0, True, dx)
+        return dx
+    dtype = h.dtype if out is None else out.dtype
+    if by_native(backend, h, dy, dh, out) and (dh is None or dh.dtype == dtype):
+        dx = h.new_empty(h.shape) if out is None else out
+        norm = native_elementwise.norm_backward
+        norm(dy, h, weight, mean, rstd, dh, eps, 0.0, True, dx)
         return dx
     rows, weight, _ = _for_torch(h, weight, None)
     if rstd is None:
@@ -206,9 +220,10 @@ def layer_norm(
         weight, bias: [D] any float dtype, frozen; None where there is none.
         eps: added to the variance.
         residual: as x; is added to it, in x's dtype, in the same pass.
-        backend: "triton" (CUDA; on the CPU its interpreter), "plain" (torch's operations with a
-            hand-written backward) or "reference". "auto" is Triton on CUDA, else plain; rows of
-            more than 16384 channels are plain, and float64 is the reference unless "plain".
+        backend: "triton" (CUDA; on the CPU its interpreter), "native" (csrc: float32 and bfloat16
+            on the CPU), "plain" (torch's operations with a hand-written backward) or "reference".
+            "auto" is Triton on CUDA, else native; what either does not take (on CUDA rows of more
+            than 16384 channels) is plain, and float64 is the reference unless "plain".
 
     Returns:
         [..., D] in x's dtype, contiguous; with a residual (that, x + residual). Gradients go to x
@@ -219,7 +234,7 @@ def layer_norm(
             bias that trains.
     """
     check_floats(x=x)
-    check_backend(backend, x.device)
+    check_backend(backend, x.device, AND_NATIVE)
     if x.ndim == 0:
         raise ValueError("x: want [..., D], got a single number")
     for name, parameter in (("weight", weight), ("bias", bias)):

@@ -67,12 +67,8 @@ class Rows(NamedTuple):
         return n0 * n1 * n2
 
 
-def rows_of(*tensors: Tensor) -> Rows:
-    """Rows along the last axis. Axes that adjoin in every one of the tensors become one.
-
-    Raises:
-        ValueError: more than three are left (a kernel takes no more).
-    """
+def merged(*tensors: Tensor) -> tuple[list[int], list[list[int]]]:
+    """(sizes, each tensor's strides) of the leading axes; those that adjoin in all become one."""
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in tensors]
     for axis, n in enumerate(tensors[0].shape[:-1]):
@@ -87,6 +83,16 @@ def rows_of(*tensors: Tensor) -> Rows:
         sizes.append(n)
         for s, o in zip(strides, own, strict=True):
             s.append(o)
+    return sizes, strides
+
+
+def rows_of(*tensors: Tensor) -> Rows:
+    """Rows along the last axis.
+
+    Raises:
+        ValueError: more than three leading axes are left once merged (a kernel takes no more).
+    """
+    sizes, strides = merged(*tensors)
     if len(sizes) > 3:
         shapes = ", ".join(f"{list(t.shape)} with strides {t.stride()}" for t in tensors)
         raise ValueError(f"want leading axes that merge into three, got {shapes}")

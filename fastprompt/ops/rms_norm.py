@@ -14,10 +14,13 @@ Root-mean-square norm: arXiv 1910.07467.
 import torch
 from torch import Tensor
 
+from fastprompt import native_elementwise
 from fastprompt.ops import reference
 from fastprompt.ops.checks import (
+    AND_NATIVE,
     FLOATS,
     MOST_CHANNELS,
+    by_native,
     by_reference,
     by_triton,
     check_backend,
@@ -59,13 +62,17 @@ def forward(
         h = x.new_empty(x.shape) if total is None else total
         check_out("total", h, x)
     first = offset == 0 if cast_first is None else cast_first
+    total = None if residual is None else h
     wide = torch.promote_types(x.dtype, torch.float32)
     rstd = x.new_empty(*x.shape[:-1], 1, dtype=wide)
     if _by_triton(x, backend):
         from fastprompt.ops import norms_triton as triton
 
-        total = None if residual is None else h
         triton.forward(x, residual, weight, None, eps, offset, first, y, total, None, rstd, scale)
+        return y, h, rstd
+    if by_native(backend, x, residual, y):
+        norm = native_elementwise.norm_forward
+        norm(x, residual, weight, None, eps, offset, first, y, total, None, rstd)
         return y, h, rstd
     factor = _factor(weight, offset, x.dtype if first else wide)
     for x_, r_, h_, y_, rstd_, scale_ in pieces(x, residual, h, y, rstd, scale):
@@ -105,6 +112,10 @@ def backward(
         from fastprompt.ops import norms_triton as triton
 
         triton.backward(dy, h, weight, None, rstd, dh, eps, offset, False, dx)
+        return dx
+    if by_native(backend, h, dy, dh, dx) and (dh is None or dh.dtype == dx.dtype):
+        norm = native_elementwise.norm_backward
+        norm(dy, h, weight, None, rstd, dh, eps, offset, False, dx)
         return dx
     wide, D = torch.promote_types(h.dtype, torch.float32), max(1, h.shape[-1])
     factor = _factor(weight, offset, wide)
@@ -216,9 +227,10 @@ def rms_norm(
         offset: added to the weight: 0 as in Llama, 1 as in Gemma.
         cast_first: round to x's dtype before multiplying by the weight, as Llama does, rather than
             after, as Gemma does; by default where offset is 0.
-        backend: "triton" (CUDA; on the CPU its interpreter), "plain" (torch's operations with a
-            hand-written backward) or "reference". "auto" is Triton on CUDA, else plain; rows of
-            more than 16384 channels are plain, and float64 is the reference unless "plain".
+        backend: "triton" (CUDA; on the CPU its interpreter), "native" (csrc: float32 and bfloat16
+            on the CPU), "plain" (torch's operations with a hand-written backward) or "reference".
+            "auto" is Triton on CUDA, else native; what either does not take (on CUDA rows of more
+            than 16384 channels) is plain, and float64 is the reference unless "plain".
 
     Returns:
         [..., D] in x's dtype, contiguous; with a residual (that, x + residual). Gradients go to x
@@ -229,7 +241,7 @@ def rms_norm(
             trains.
     """
     check_floats(x=x)
-    check_backend(backend, x.device)
+    check_backend(backend, x.device, AND_NATIVE)
     if x.ndim == 0:
         raise ValueError("x: want [..., D], got a single number")
     check_frozen("weight", weight, x.shape[-1:], x.device)

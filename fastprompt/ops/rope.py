@@ -13,8 +13,17 @@ equal), and needs c and s alone. Computed in float32 and rounded once. RoFormer:
 import torch
 from torch import Tensor
 
+from fastprompt import native_elementwise
 from fastprompt.ops import reference
-from fastprompt.ops.checks import by_reference, by_triton, check_backend, check_floats, check_shape
+from fastprompt.ops.checks import (
+    AND_NATIVE,
+    by_native,
+    by_reference,
+    by_triton,
+    check_backend,
+    check_floats,
+    check_shape,
+)
 from fastprompt.ops.layout import distinct, in_our_layout, pieces, rows_like
 
 # ---- without autograd: what a hand-written backward calls ----
@@ -54,6 +63,9 @@ def _turn(q, k, cos, sin, back, out, backend):
         from fastprompt.ops import rope_triton as triton
 
         triton.turn(q, k, cos, sin, back, *out)
+        return out
+    if by_native(backend, q, k, *out, alike=True):
+        native_elementwise.turn(q, k, cos, sin, back, *out)
         return out
     wide = torch.promote_types(q.dtype, torch.float32)
     angles, half = [t[:, :, None].to(wide) for t in (cos, sin)], cos.shape[-1] // 2
@@ -126,9 +138,10 @@ def rope(
         cos, sin: [B or 1, N, r] any float dtype, r even and at most d, frozen: what transformers'
             rotary modules give. Two-dimensional and multi-axis rotations too, once their axes are
             side by side; pairs of neighbouring channels (GPT-J, Cohere) are another convention.
-        backend: "triton" (CUDA; on the CPU its interpreter), "plain" (torch's operations with a
-            hand-written backward) or "reference". "auto" is Triton on CUDA, else plain; float64 is
-            the reference unless "plain".
+        backend: "triton" (CUDA; on the CPU its interpreter), "native" (csrc: float32 and bfloat16
+            on the CPU), "plain" (torch's operations with a hand-written backward) or "reference".
+            "auto" is Triton on CUDA, else native; what either does not take is plain, and float64
+            is the reference unless "plain".
 
     Returns:
         q and k turned, in their dtype, each laid out as [B, N, heads, d]. Gradients go to both.
@@ -138,7 +151,7 @@ def rope(
             want a gradient.
     """
     _check(q, k, cos, sin)
-    check_backend(backend, q.device)
+    check_backend(backend, q.device, AND_NATIVE)
     if by_reference(q, backend):
         q, k = reference.rope(q, k, cos, sin)
         return in_our_layout(q), in_our_layout(k)

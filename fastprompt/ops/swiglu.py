@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt import native_elementwise
 from fastprompt.ops import reference
 from fastprompt.ops.checks import (
+    AND_NATIVE,
+    by_native,
     by_reference,
     by_triton,
     check_backend,
@@ -44,6 +47,9 @@ def forward(
 
         triton.forward(gate, up, activation, y)
         return y
+    if by_native(backend, gate, up, y, alike=True):
+        native_elementwise.activate(gate, up, activation, y)
+        return y
     for gate_, up_, y_ in pieces(gate, up, y):
         _multiply(_active(gate_, activation), up_, y_)
     return y
@@ -72,6 +78,9 @@ def backward(
         from fastprompt.ops import activations_triton as triton
 
         triton.backward(dy, gate, up, activation, dgate, dup)
+        return dgate, dup
+    if by_native(backend, gate, dy, up, dgate, dup, alike=True):
+        native_elementwise.activate_backward(dy, gate, up, activation, dgate, dup)
         return dgate, dup
     for dy_, gate_, up_, dgate_, dup_ in pieces(dy, gate, up, dgate, dup):
         # both are made before either is written, since any may be memory of an input
@@ -165,9 +174,10 @@ def swiglu(gate: Tensor, up: Tensor, *, activation: str = "silu", backend: str =
             last axis, such as the halves of one [..., 2F] (on CUDA leading axes that merge into
             three at most).
         activation: "silu" (Llama, Mistral, Qwen) or "gelu_tanh" (Gemma).
-        backend: "triton" (CUDA; on the CPU its interpreter), "plain" (torch's operations with a
-            hand-written backward) or "reference". "auto" is Triton on CUDA, else plain; float64 is
-            the reference unless "plain".
+        backend: "triton" (CUDA; on the CPU its interpreter), "native" (csrc: float32 and bfloat16
+            on the CPU), "plain" (torch's operations with a hand-written backward) or "reference".
+            "auto" is Triton on CUDA, else native; what either does not take is plain, and float64
+            is the reference unless "plain".
 
     Returns:
         [..., F] in gate's dtype, contiguous. Gradients go to both.
@@ -176,7 +186,7 @@ def swiglu(gate: Tensor, up: Tensor, *, activation: str = "silu", backend: str =
         ValueError: a shape, stride, dtype, device or activation that the op does not serve.
     """
     check_floats(gate=gate, up=up)
-    check_backend(backend, gate.device)
+    check_backend(backend, gate.device, AND_NATIVE)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: want one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     if gate.ndim == 0:

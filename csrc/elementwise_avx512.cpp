@@ -1,0 +1,5 @@
+#if defined(__x86_64__)
+#include "elementwise_blocks.h"
+
+FASTPROMPT_ELEMENTWISE(avx512)
+#endif
