@@ -24,17 +24,17 @@ CSRC = ROOT / "csrc"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
 # Flags of single files. Never -march=native: the variant is chosen at run time, on the user's CPU.
 FUSED = "-ffp-contract=fast"  # these have no other's bits to match
-FLOAT_FILES = ("attention", "select")
+QUIET = "-Wno-maybe-uninitialized"  # GCC's own AVX-512 header leaves values undefined on purpose
+FLOAT_FILES = ("attention", "product", "select")
 FILE_FLAGS = {f"{name}_{isa}.cpp": FUSED for name in FLOAT_FILES for isa in ("neon", "portable")}
 if platform.machine().lower() in ("x86_64", "amd64"):
     FILE_FLAGS |= {
         "decode_avx2.cpp": "-mavx2 -mf16c",
-        # GCC's own header warns of what it leaves undefined on purpose
-        "decode_avx512.cpp": "-mavx512f -mavx512bw -Wno-maybe-uninitialized",
+        "decode_avx512.cpp": f"-mavx512f -mavx512bw {QUIET}",
     }
     for name in FLOAT_FILES:
         FILE_FLAGS[f"{name}_avx2.cpp"] = f"-mavx2 -mfma {FUSED}"
-        FILE_FLAGS[f"{name}_avx512.cpp"] = f"-mavx512f -mavx512bw -mfma {FUSED}"
+        FILE_FLAGS[f"{name}_avx512.cpp"] = f"-mavx512f -mavx512bw -mfma {FUSED} {QUIET}"
 CUDA_ARCHS = (80, 86, 89, 90)
 
 

@@ -90,7 +90,7 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
       const T* from = at(x, b, h, first + n);
       // rows lie on pages of their own, across which no hardware prefetches
       for (int64_t c = 0; c < a_.d; c += 64 / sizeof(T)) __builtin_prefetch(from + 8 * x.row + c);
-      for (int64_t c = 0; c < a_.d; ++c) to[n * width_ + c] = widen(from[c]);
+      for (int64_t c = 0; c < a_.d; ++c) to[n * width_ + c] = To::widen(from[c]);
       for (int64_t c = a_.d; c < width_; ++c) to[n * width_ + c] = 0;
     }
     return {to, width_};

@@ -16,6 +16,7 @@
 #include "attention.h"
 #include "decode.h"
 #include "parallel.h"
+#include "product.h"
 #include "select.h"
 
 namespace fastprompt {
@@ -24,15 +25,17 @@ namespace {
 struct Variant {
   const char* name;
   DecodeBlocks decode;
-  MultiplyRows multiply;
+  ArrangeToken arrange;
+  MultiplyPart multiply;
   Attend attend, attend_backward;
   TurnQueries turn;
   ScoreKeys score;
   PickPrompts pick;
 };
 
-#define FASTPROMPT_NAMED(isa) \
-  { #isa, decode_##isa, multiply_##isa, attend_##isa, attend_backward_##isa, turn_##isa, score_##isa, pick_##isa }
+#define FASTPROMPT_NAMED(isa)                                                          \
+  { #isa, decode_##isa, arrange_##isa, multiply_##isa, attend_##isa, attend_backward_##isa, \
+    turn_##isa, score_##isa, pick_##isa }
 
 #if defined(__x86_64__)
 bool has_f16c_and_fma() {  // not names that every compiler's __builtin_cpu_supports takes
@@ -107,26 +110,52 @@ void decode(uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t code2,
   parallel(static_cast<int>(parts), threads, work, &task);
 }
 
-void multiply(uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t code2,
-              uintptr_t absmax2, uintptr_t offset, int64_t blocksize, int64_t blocksize2,
-              uintptr_t x, uintptr_t y, int64_t rows, int64_t columns, int threads,
-              size_t variant) {
+// Columns of dx that a part works out: whole groups, two parts a thread where there are enough.
+int64_t part_columns(const Product& p, int threads) {
+  const int64_t groups = p.padded_columns() / Product::kGroup / (2 * threads);
+  const int64_t most = Product::kColumns / Product::kGroup;
+  return Product::kGroup * (groups < 1 ? 1 : groups > most ? most : groups);
+}
+
+int64_t part_rows(const Product& p) {
+  const int64_t rows = kPartValues / p.columns;
+  return rows < 1 ? 1 : rows > Product::kRows ? Product::kRows : rows;
+}
+
+void product(uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t code2,
+             uintptr_t absmax2, uintptr_t offset, int64_t blocksize, int64_t blocksize2,
+             uintptr_t in, int64_t in_row, uintptr_t bias, uintptr_t out, int64_t rows,
+             int64_t columns, int64_t tokens, int dtype, bool backward, int threads,
+             size_t variant) {
   struct Task {
-    Weight weight;
     Product product;
-    MultiplyRows multiply;
-    int64_t part_rows;
-  } task{weight_at(packed, code, absmax, code2, absmax2, offset, blocksize, blocksize2,
-                   rows * columns),
-         {reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), rows, columns},
-         variants().at(variant).multiply,
-         kPartValues / columns > 1 ? kPartValues / columns : 1};
-  const auto work = [](void* p, int part) {
-    const Task& t = *static_cast<Task*>(p);
-    const int64_t first = part * t.part_rows, stop = first + t.part_rows;
-    t.multiply(t.weight, t.product, first, stop < t.product.rows ? stop : t.product.rows);
+    Variant variant;
+    int64_t part, end;
+  } task{{}, variants().at(variant), 0, backward ? columns : rows};
+  Product& p = task.product;
+  p.weight = weight_at(packed, code, absmax, code2, absmax2, offset, blocksize, blocksize2,
+                       rows * columns);
+  p.in = reinterpret_cast<const void*>(in), p.bias = reinterpret_cast<const void*>(bias);
+  p.out = reinterpret_cast<void*>(out);
+  p.rows = rows, p.columns = columns, p.tokens = tokens, p.in_row = in_row;
+  p.dtype = static_cast<Dtype>(dtype), p.backward = backward;
+  const std::unique_ptr<float[]> factors(new float[p.room()]);
+  p.factors = factors.get();
+
+  const auto arrange = [](void* given, int part) {
+    const Task& t = *static_cast<Task*>(given);
+    t.variant.arrange(t.product, part);
   };
-  parallel(static_cast<int>((rows + task.part_rows - 1) / task.part_rows), threads, work, &task);
+  const bool few = p.room() < kPartValues;  // done sooner than another thread wakes up
+  parallel(static_cast<int>(p.padded_tokens()), few ? 1 : threads, arrange, &task);
+  task.part = backward ? part_columns(p, threads) : part_rows(p);
+  const auto multiply = [](void* given, int part) {
+    const Task& t = *static_cast<Task*>(given);
+    const int64_t first = part * t.part, stop = first + t.part;
+    t.variant.multiply(t.product, first, stop < t.end ? stop : t.end);
+  };
+  const int parts = static_cast<int>((task.end + task.part - 1) / task.part);
+  parallel(parts, threads, multiply, &task);
 }
 
 // A tensor's address and its strides by sample, head and row; all 0 where there is none.
@@ -250,10 +279,10 @@ void select(const std::array<int64_t, 7>& addresses, const std::array<int64_t, 4
 
 PYBIND11_MODULE(_native, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled part of fastprompt; use it through fastprompt.native.";
-  m.attr("ABI") = 5;  // raised with every change of what native.py calls
+  m.attr("ABI") = 6;  // raised with every change of what native.py calls
   m.def("variants", &fastprompt::names, "Instruction sets that this machine runs, best first.");
   m.def("decode", &fastprompt::decode, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("multiply", &fastprompt::multiply, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("product", &fastprompt::product, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("attention", &fastprompt::attention, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("select", &fastprompt::select, pybind11::call_guard<pybind11::gil_scoped_release>());
 }

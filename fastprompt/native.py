@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ABI = 5  # csrc/module.cpp has the same; a module left from another version is not called
+ABI = 6  # csrc/module.cpp has the same; a module left from another version is not called
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/decode.h: Dtype
 
 
@@ -143,40 +143,78 @@ def decode_4bit(
     return out
 
 
-def matvec_4bit(
+def multiplies_4bit(rows: int, columns: int, blocksize: int) -> bool:
+    """Whether `product_4bit` serves a weight of these sizes."""
+    whole = blocksize >= 32 and not blocksize & (blocksize - 1)
+    return whole and rows > 0 and columns > 0 and columns % blocksize == 0
+
+
+def product_4bit(
     x: Tensor,
     rows: int,
+    columns: int,
     packed: Tensor,
     code: Tensor,
     absmax: Tensor,
     blocksize: int,
     nested: Nested | None = None,
+    *,
+    bias: Tensor | None = None,
+    backward: bool = False,
     variant: str | None = None,
 ) -> Tensor:
-    """``W x`` for a single token, with no decoded weight in between.
+    """``x Wᵀ + bias``, or backward ``x W``, for some tokens, with no decoded weight in between.
+
+    On torch.get_num_threads() threads, whose number changes no bit.
 
     Args:
-        x: [columns] contiguous float32; columns a multiple of blocksize, that one of 32.
-        rows: of the weight, which is [rows, columns].
+        x: [tokens, columns], backward [tokens, rows]: float32, bfloat16 or float16, any strides
+            with a contiguous last axis.
+        rows, columns: of the weight; columns a multiple of blocksize, that one a power of two of
+            at least 32.
         packed, code, absmax, blocksize, nested, variant: as in `decode_4bit`.
+        bias: [rows] contiguous, in the dtype of x; not backward.
 
     Returns:
-        [rows] float32: sums in float32, of weights that were not rounded.
+        [tokens, rows], backward [tokens, columns], in the dtype of x: sums in float32 of weights
+        that were not rounded, rounded once.
 
     Raises:
         ValueError, RuntimeError: as `decode_4bit`.
     """
     module, index = _module(variant)
-    columns = x.numel()
-    if columns < 1 or blocksize < 1 or blocksize % 32 or columns % blocksize:
+    if not multiplies_4bit(rows, columns, blocksize):
         raise ValueError(
-            f"x: want whole blocks of 32s, got {columns} values in blocks of {blocksize}"
+            "weight: want rows of whole blocks of a power of two from 32 on, "
+            f"got [{rows}, {columns}] in blocks of {blocksize}"
         )
+    width, out_width = (rows, columns) if backward else (columns, rows)
+    if x.dim() != 2 or x.shape[1] != width or x.dtype not in DTYPES or not x.is_cpu:
+        raise ValueError(
+            f"x: want [tokens, {width}] in one of {[*DTYPES]} on the CPU, "
+            f"got {list(x.shape)} {x.dtype} on {x.device}"
+        )
+    if x.stride(1) != 1 and width > 1 and len(x):
+        raise ValueError(f"x: want a contiguous last axis, got strides {x.stride()}")
+    if backward and bias is not None:
+        raise ValueError("bias: want none backward")
     weight = _weight(rows * columns, packed, code, absmax, blocksize, nested)
-    y = torch.empty(rows)
-    address = _check("x", x, torch.float32, columns)
-    module.multiply(*weight, address, y.data_ptr(), rows, columns, torch.get_num_threads(), index)
-    return y
+    out = x.new_empty(len(x), out_width)
+    module.product(
+        *weight,
+        x.data_ptr(),
+        x.stride(0),
+        0 if bias is None else _check("bias", bias, x.dtype, rows),
+        out.data_ptr(),
+        rows,
+        columns,
+        len(x),
+        DTYPES[x.dtype],
+        backward,
+        torch.get_num_threads(),
+        index,
+    )
+    return out
 
 
 def attention(

@@ -5,8 +5,8 @@
 
 W is decoded into scratch memory that all weights share, so that neither a second copy of the
 weights nor anything for backward is ever kept. On the CPU csrc/ decodes (or torch, without it), on
-CUDA Triton; the product is torch's own. A single token without gradients (generation) is multiplied
-in csrc/ straight from the 4 bits.
+CUDA Triton; the product is torch's own. A few tokens on the CPU csrc/ multiplies straight from the 4
+bits, in float32 with weights that are not rounded.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,14 @@ from fastprompt import native
 from fastprompt.ops.dequantize_4bit import forward as decode_into
 from fastprompt.ops.packed import FLOATS, Packed, in_triton, unpack
 from fastprompt.ops.scratch import scratch
+
+# Up to so many tokens, forward and backward, csrc/ multiplies without decoding.
+FUSED = {
+    "avx512": {torch.float32: (64, 64), torch.bfloat16: (8, 16), torch.float16: (8, 16)},
+    "avx2": {torch.float32: (32, 32), torch.bfloat16: (8, 8), torch.float16: (8, 8)},
+    "neon": {torch.float32: (8, 8), torch.bfloat16: (4, 4), torch.float16: (4, 4)},
+    "portable": {torch.float32: (1, 1), torch.bfloat16: (1, 1), torch.float16: (1, 1)},
+}
 
 # ---- decoding ----
 
@@ -45,17 +53,26 @@ def decoded(*weights: Packed, dtype: torch.dtype) -> Iterator[Tensor]:
         yield dense
 
 
-def _generates(x: Tensor, w: Packed) -> bool:
-    """Whether `x` is a single token without gradients that csrc/ multiplies without decoding."""
+def _fused(x: Tensor, w: Packed, backward: bool) -> bool:
+    """Whether csrc/ multiplies `x`, or backward dy, without decoding the weight."""
     return (
-        x.numel() == w.columns > 0
-        and x.is_cpu
+        x.is_cpu
         and x.dtype in native.DTYPES
-        and not x.requires_grad
-        and w.blocksize % 32 == 0
-        and w.columns % w.blocksize == 0
+        and native.multiplies_4bit(w.rows, w.columns, w.blocksize)
         and native.available()
+        and 0 < x.numel() // x.shape[-1] <= FUSED[native.isa()][x.dtype][backward]
     )
+
+
+def _multiply(x: Tensor, w: Packed, bias: Tensor | None = None, backward: bool = False) -> Tensor:
+    tokens = x.reshape(-1, x.shape[-1])
+    if tokens.stride(1) != 1:
+        tokens = tokens.contiguous()
+    out = native.product_4bit(
+        tokens, w.rows, w.columns, w.packed, w.code, w.absmax, w.blocksize, w.nested,
+        bias=None if bias is None else bias.contiguous(), backward=backward,
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], out.shape[1])
 
 
 # ---- ops: schema, fake, implementation ----
@@ -82,17 +99,17 @@ def _fake_backward(dy, *weight):
 
 def _forward(x, bias, *weight):
     w = Packed(*weight)
-    if not _generates(x, w):
-        with decoded(w, dtype=x.dtype) as dense:
-            return F.linear(x, dense, bias)
-    token = x.reshape(-1).contiguous().float()
-    y = native.matvec_4bit(token, w.rows, w.packed, w.code, w.absmax, w.blocksize, w.nested)
-    y = y if bias is None else y.add_(bias)
-    return y.to(x.dtype).view(*x.shape[:-1], w.rows)
+    if _fused(x, w, backward=False):
+        return _multiply(x, w, bias)
+    with decoded(w, dtype=x.dtype) as dense:
+        return F.linear(x, dense, bias)
 
 
 def _backward(dy, *weight):
-    with decoded(Packed(*weight), dtype=dy.dtype) as dense:
+    w = Packed(*weight)
+    if _fused(dy, w, backward=True):
+        return _multiply(dy, w, backward=True)
+    with decoded(w, dtype=dy.dtype) as dense:
         return torch.matmul(dy, dense)
 
 
