@@ -31,6 +31,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     FILE_FLAGS |= {
         "decode_avx2.cpp": "-mavx2 -mf16c",
         "decode_avx512.cpp": f"-mavx512f -mavx512bw {QUIET}",
+        "product_amx.cpp": f"-mavx512f -mavx512bw -mamx-tile -mamx-bf16 {QUIET}",
     }
     for name in FLOAT_FILES:
         FILE_FLAGS[f"{name}_avx2.cpp"] = f"-mavx2 -mfma {FUSED}"

@@ -179,24 +179,26 @@ void multiply_columns(const Product& p, int64_t token, int64_t first, int64_t la
 // ---- both ----
 
 template <class To>
-void arrange(const Product& p, int64_t token) {
-  const bool real = token < p.tokens;  // else zeros
-  const auto in = static_cast<const typename To::T*>(p.in) + (real ? token * p.in_row : 0);
-  const int64_t t = token % Product::kTile, start = token - t;
+void arrange(const Product& p, int64_t tile) {
+  const int64_t start = tile * Product::kTile;
   const int64_t tokens = least(Product::kTile, p.padded_tokens() - start);
-  if (p.backward) {
-    float* to = p.factors + start * p.rows + t;
-    for (int64_t i = 0; i < p.rows; ++i) to[i * tokens] = real ? To::widen(in[i]) : 0;
-    return;
-  }
-  float* to = p.factors + start * p.padded_columns() + t * kLanes;
-  for (int64_t group = 0; group < p.columns; group += kWidth, to += tokens * kWidth)
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const bool there = real && group + lane * kWord < p.columns;
-      for (int64_t nibble = 0; nibble < kWord; ++nibble)
-        to[nibble * tokens * kLanes + lane] =
-            there ? To::widen(in[group + column_of(lane, nibble)]) : 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const bool real = start + t < p.tokens;  // else zeros
+    const auto in = static_cast<const typename To::T*>(p.in) + (real ? start + t : 0) * p.in_row;
+    if (p.backward) {
+      float* to = p.factors + start * p.rows + t;
+      for (int64_t i = 0; i < p.rows; ++i) to[i * tokens] = real ? To::widen(in[i]) : 0;
+      continue;
     }
+    float* to = p.factors + start * p.padded_columns() + t * kLanes;
+    for (int64_t group = 0; group < p.columns; group += kWidth, to += tokens * kWidth)
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const bool there = real && group + lane * kWord < p.columns;
+        for (int64_t nibble = 0; nibble < kWord; ++nibble)
+          to[nibble * tokens * kLanes + lane] =
+              there ? To::widen(in[group + column_of(lane, nibble)]) : 0;
+      }
+  }
 }
 
 template <class To, int Tokens>
@@ -223,9 +225,9 @@ void multiply(const Product& p, int64_t first, int64_t last) {
 
 // The functions that product.h declares, of one instruction set.
 #define FASTPROMPT_PRODUCT(isa)                                                       \
-  void fastprompt::arrange_##isa(const Product& p, int64_t token) {                   \
-    if (p.dtype == Dtype::f32) return arrange<ToF32>(p, token);                       \
-    p.dtype == Dtype::bf16 ? arrange<ToBf16>(p, token) : arrange<ToF16>(p, token);    \
+  void fastprompt::arrange_##isa(const Product& p, int64_t tile) {                    \
+    if (p.dtype == Dtype::f32) return arrange<ToF32>(p, tile);                        \
+    p.dtype == Dtype::bf16 ? arrange<ToBf16>(p, tile) : arrange<ToF16>(p, tile);      \
   }                                                                                   \
   void fastprompt::multiply_##isa(const Product& p, int64_t first, int64_t last) {    \
     if (p.dtype == Dtype::f32) return multiply<ToF32>(p, first, last);                \

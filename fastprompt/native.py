@@ -6,6 +6,7 @@ The package works without it: `available()` says whether it is there, `why_missi
 import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -44,6 +45,13 @@ def variants() -> tuple[str, ...]:
     """Instruction sets that this machine runs, the best first; empty without the native part."""
     module = _load()[0]
     return tuple(module.variants()) if module else ()
+
+
+@functools.cache
+def multipliers() -> tuple[str, ...]:
+    """What `product_4bit` runs on here, the best first: "amx" (bfloat16 alone) and `variants()`."""
+    module = _load()[0]
+    return tuple(module.multipliers()) if module else ()
 
 
 def isa() -> str:
@@ -89,15 +97,17 @@ def _weight(
     )
 
 
-def _module(variant: str | None) -> tuple[ModuleType, int]:
+def _module(
+    variant: str | None, of: Callable[[], tuple[str, ...]] = variants
+) -> tuple[ModuleType, int]:
     module, why = _load()
     if module is None:
         raise RuntimeError(why)
     if variant is None:
         return module, 0
-    if variant not in variants():
-        raise ValueError(f"variant: want one of {variants()}, got {variant!r}")
-    return module, variants().index(variant)
+    if variant not in of():
+        raise ValueError(f"variant: want one of {of()}, got {variant!r}")
+    return module, of().index(variant)
 
 
 def decode_4bit(
@@ -161,7 +171,7 @@ def product_4bit(
     *,
     bias: Tensor | None = None,
     backward: bool = False,
-    variant: str | None = None,
+    multiplier: str | None = None,
 ) -> Tensor:
     """``x Wᵀ + bias``, or backward ``x W``, for some tokens, with no decoded weight in between.
 
@@ -172,17 +182,18 @@ def product_4bit(
             with a contiguous last axis.
         rows, columns: of the weight; columns a multiple of blocksize, that one a power of two of
             at least 32.
-        packed, code, absmax, blocksize, nested, variant: as in `decode_4bit`.
+        packed, code, absmax, blocksize, nested: as in `decode_4bit`.
         bias: [rows] contiguous, in the dtype of x; not backward.
+        multiplier: one of `multipliers()`; by default the first that takes the dtype.
 
     Returns:
-        [tokens, rows], backward [tokens, columns], in the dtype of x: sums in float32 of weights
-        that were not rounded, rounded once.
+        [tokens, rows], backward [tokens, columns], in the dtype of x: sums in float32, rounded
+        once, of weights that were not rounded (by "amx": to bfloat16).
 
     Raises:
         ValueError, RuntimeError: as `decode_4bit`.
     """
-    module, index = _module(variant)
+    module, index = _module(multiplier, multipliers)
     if not multiplies_4bit(rows, columns, blocksize):
         raise ValueError(
             "weight: want rows of whole blocks of a power of two from 32 on, "
@@ -196,6 +207,10 @@ def product_4bit(
         )
     if x.stride(1) != 1 and width > 1 and len(x):
         raise ValueError(f"x: want a contiguous last axis, got strides {x.stride()}")
+    if multipliers()[index] == "amx" and x.dtype != torch.bfloat16:
+        if multiplier:
+            raise ValueError(f"x: want torch.bfloat16 for amx, got {x.dtype}")
+        index += 1
     if backward and bias is not None:
         raise ValueError("bias: want none backward")
     weight = _weight(rows * columns, packed, code, absmax, blocksize, nested)

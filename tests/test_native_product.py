@@ -10,7 +10,7 @@ from benchmarks.check import FLOOR
 from fastprompt import native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))
-VARIANTS = native.variants() if native.available() else []
+MULTIPLIERS = native.multipliers() if native.available() else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -31,8 +31,10 @@ def drawn(tokens, width, dtype, seed=0, stride=0):
     return wide[:, :width]
 
 
-def check(variant, dtype, rows, blocks, blocksize, blocksize2, tokens, backward, biased, seed=0):
+def check(multiplier, dtype, rows, blocks, blocksize, blocksize2, tokens, backward, biased, seed=0):
     """Under the one rule of accuracy."""
+    if multiplier == "amx":
+        dtype = torch.bfloat16
     columns = blocks * blocksize
     packed, code, absmax, nested = make(rows * columns, blocksize, blocksize2, seed)
     w = truth(rows * columns, packed, code, absmax, blocksize, nested, torch.float32)
@@ -41,7 +43,7 @@ def check(variant, dtype, rows, blocks, blocksize, blocksize2, tokens, backward,
     bias = drawn(1, rows, dtype, seed + 1)[0] if biased and not backward else None
     got = native.product_4bit(
         x, rows, columns, packed, code, absmax, blocksize, nested,
-        bias=bias, backward=backward, variant=variant,
+        bias=bias, backward=backward, multiplier=multiplier,
     )  # fmt: skip
     dense = w if backward else w.T
     # a copy: bfloat16 products of torch read, and are spoiled by, what lies between rows
@@ -53,7 +55,7 @@ def check(variant, dtype, rows, blocks, blocksize, blocksize2, tokens, backward,
     assert error <= limit + FLOOR[dtype] * exact.norm()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("multiplier", MULTIPLIERS)
 @pytest.mark.parametrize("backward", [False, True])
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
@@ -62,49 +64,51 @@ def check(variant, dtype, rows, blocks, blocksize, blocksize2, tokens, backward,
     blocks=st.integers(1, 20),
     blocksize=st.sampled_from([32, 64, 128, 512]),
     blocksize2=st.sampled_from([None, 3, 256]),
-    tokens=st.integers(0, 20),
+    tokens=st.integers(0, 40),
     biased=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_every_size(variant, backward, **drawn):
-    check(variant, backward=backward, **drawn)
+def test_every_size(multiplier, backward, **drawn):
+    check(multiplier, backward=backward, **drawn)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("multiplier", MULTIPLIERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("tokens", [1, 8])
-def test_many_rows_and_columns(variant, dtype, backward, tokens):
+@pytest.mark.parametrize("tokens", [1, 8, 49])
+def test_many_rows_and_columns(multiplier, dtype, backward, tokens):
     """More of both than any piece has: chunks of columns, pieces of rows, rows of many blocks."""
-    check(variant, dtype, 600, 150, 64, 256, tokens, backward, biased=True)
-    check(variant, dtype, 3, 3, 4096, None, tokens, backward, biased=False)
+    check(multiplier, dtype, 600, 150, 64, 256, tokens, backward, biased=True)
+    check(multiplier, dtype, 3, 3, 4096, None, tokens, backward, biased=False)
 
 
+@pytest.mark.parametrize("multiplier", MULTIPLIERS)
 @pytest.mark.parametrize("backward", [False, True])
-def test_threads_change_no_bit(backward):
+def test_threads_change_no_bit(multiplier, backward):
     columns, rows, before = 192 * 7, 300, torch.get_num_threads()
     packed, code, absmax, nested = make(rows * columns, 64, 256)
-    x = drawn(11, rows if backward else columns, torch.float32)
+    x = drawn(11, rows if backward else columns, torch.bfloat16)
     found = []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            weight = (packed, code, absmax, 64, nested)
-            found.append(native.product_4bit(x, rows, columns, *weight, backward=backward))
+            weight = (rows, columns, packed, code, absmax, 64, nested)
+            y = native.product_4bit(x, *weight, backward=backward, multiplier=multiplier)
+            found.append(y)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("multiplier", MULTIPLIERS)
 @pytest.mark.parametrize("backward", [False, True])
-def test_infinite_tokens_spoil_no_others(variant, backward):
+def test_infinite_tokens_spoil_no_others(multiplier, backward):
     packed, code, absmax, nested = make(96 * 192, 64)
     x = drawn(3, 96 if backward else 192, torch.bfloat16)
     weight = (96, 192, packed, code, absmax, 64, nested)
-    want = native.product_4bit(x, *weight, backward=backward, variant=variant)
+    want = native.product_4bit(x, *weight, backward=backward, multiplier=multiplier)
     x[1] = torch.inf
-    got = native.product_4bit(x, *weight, backward=backward, variant=variant)
+    got = native.product_4bit(x, *weight, backward=backward, multiplier=multiplier)
     assert torch.equal(got[::2], want[::2]) and not got[1].isfinite().any()
 
 
@@ -126,7 +130,7 @@ def test_infinite_tokens_spoil_no_others(variant, backward):
         (dict(backward=True, x=torch.ones(2, 4), bias=torch.ones(4)), "bias: want none backward"),
         (dict(packed=torch.zeros(255, dtype=torch.uint8)), "packed: .*at least 256"),
         (dict(absmax=torch.zeros(7)), "absmax: .*at least 8"),
-        (dict(variant="sse9"), "variant: want one of"),
+        (dict(multiplier="sse9"), "variant: want one of"),
     ],
 )
 def test_refusals(change, said):
@@ -134,3 +138,24 @@ def test_refusals(change, said):
     args = dict(x=torch.ones(2, 128), rows=4, columns=128, packed=packed, code=code)
     with pytest.raises(ValueError, match=said):
         native.product_4bit(**{**args, "absmax": absmax, "blocksize": 64, **change})
+
+
+@pytest.mark.skipif("amx" not in MULTIPLIERS, reason="needs AMX")
+def test_amx_takes_bfloat16_alone():
+    packed, code, absmax, _ = make(4 * 128, 64)
+    weight = (4, 128, packed, code, absmax, 64)
+    with pytest.raises(ValueError, match=r"x: want torch\.bfloat16 for amx, got torch\.float32"):
+        native.product_4bit(torch.ones(2, 128), *weight, multiplier="amx")
+    next_best = native.product_4bit(torch.ones(2, 128), *weight, multiplier=MULTIPLIERS[1])
+    assert torch.equal(native.product_4bit(torch.ones(2, 128), *weight), next_best)
+
+
+@pytest.mark.skipif("amx" not in MULTIPLIERS, reason="needs AMX")
+def test_amx_leaves_torchs_own_as_it_was():
+    """Both configure the tiles of one thread."""
+    packed, code, absmax, _ = make(96 * 192, 64)
+    a, b = (torch.randn(192, 192).bfloat16() for _ in range(2))
+    want = a @ b
+    for _ in range(3):
+        native.product_4bit(a, 96, 192, packed, code, absmax, 64, multiplier="amx")
+        assert torch.equal(a @ b, want)
