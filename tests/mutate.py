@@ -1,7 +1,7 @@
 """Break one line at a time; some test must fail.  python tests/mutate.py [FILE ...]
 
 Every line of the given files that computes something (device code of the Triton kernels, the
-vendors' merge and csrc's attention by default) gets one change: an operator or a function swapped
+vendors' merge, csrc's attention and 4-bit products by default) gets one change: an operator or a function swapped
 for another. A copy of the repository with that one change runs the tests that the file answers to
 (C++ is compiled for this machine's best instruction set alone, and linked with what `setup.py
 build_ext --inplace` left in build/). What survives is printed; tests/README.md records the last
@@ -48,6 +48,8 @@ FILES = {  # file -> what selects its tests
     OPS + "dequantize_4bit_triton.py": "triton",
     "csrc/attention_blocks.h": "avx512 or avx2 or neon",
     "csrc/attention_single.h": "(avx512 or avx2 or neon) and (single or sets_of)",
+    "csrc/product_blocks.h": "avx512 or avx2 or neon",
+    "csrc/product_amx.cpp": "amx",
 }
 OWN_TESTS = {  # of those that TESTS are not about
     OPS + "norms_triton.py": "tests/test_norms.py",
@@ -56,6 +58,8 @@ OWN_TESTS = {  # of those that TESTS are not about
     OPS + "dequantize_4bit_triton.py": "tests/test_dequantize_4bit.py",
     "csrc/attention_blocks.h": "tests/test_native_attention.py",
     "csrc/attention_single.h": "tests/test_native_attention.py",
+    "csrc/product_blocks.h": "tests/test_native_product.py",
+    "csrc/product_amx.cpp": "tests/test_native_product.py",
 }
 SWAPS = {
     "+": "-", "-": "+", "*": "+", "//": "*", "/": "*", "%": "+", "<": "<=", "<=": "<", ">": ">=",
@@ -106,21 +110,23 @@ def cpp_mutations(source: str) -> list[tuple[int, str, str]]:
 
 
 @functools.cache
-def cpp_commands() -> tuple[str, str, str]:
-    """How setup.py's ninja compiles the attention of this machine's best instruction set, into
-    which object, and how it links."""
+def cpp_commands(file: str) -> tuple[str, str, str]:
+    """How setup.py's ninja compiles what the file is part of (a header: for this machine's best
+    instruction set), into which object, and how it links."""
     ask = [sys.executable, "-c", "from fastprompt import native; print(native.isa())"]
     isa = subprocess.check_output(ask, cwd=ROOT, text=True).strip()
     listed = ["ninja", "-C", next(ROOT.glob("build/temp.*")), "-t", "commands"]
     lines = subprocess.check_output(listed, text=True).splitlines()
-    compiling = next(line for line in lines if line.endswith(f"attention_{isa}.cpp.o"))
+    unit = Path(file).stem.partition("_")[0]
+    source = f"{unit}_{isa}.cpp" if file.endswith(".h") else Path(file).name
+    compiling = next(line for line in lines if line.endswith(f"{source}.o"))
     return compiling.replace(" -O3 ", " -O1 "), compiling.split()[-1], lines[-1]
 
 
-def compile_cpp(folder: Path) -> bool:
-    """Puts the folder's own attention behind its `_native`; False where it does not compile."""
-    compiling, old, linking = cpp_commands()
-    own, target = folder / "attention.o", next(folder.glob("fastprompt/_native*"))
+def compile_cpp(folder: Path, file: str) -> bool:
+    """Puts the folder's own object behind its `_native`; False where it does not compile."""
+    compiling, old, linking = cpp_commands(file)
+    own, target = folder / "own.o", next(folder.glob("fastprompt/_native*"))
     compiling = compiling.replace(f"{ROOT}/csrc", f"{folder}/csrc").replace(old, str(own))
     linking = re.sub(r"-o \S+", f"-o {target}", linking.replace(old, str(own)))
     target.unlink()
@@ -163,7 +169,7 @@ def outcome(job: tuple[str, int, str, str]) -> str:
     for plugin in ("logging", "cacheprovider", "xdist", "faulthandler"):
         selection += ["-p", f"no:{plugin}"]
     try:
-        if file.startswith("csrc") and not compile_cpp(folder):
+        if file.startswith("csrc") and not compile_cpp(folder, file):
             return BROKEN
         tests = [OWN_TESTS[file]] if file in OWN_TESTS else TESTS
         failed = (
@@ -193,12 +199,13 @@ def main() -> None:
     given = parser.parse_args()
     texts = {f: (ROOT / f).read_text() for f in given.files}
     found = {
-        f: (cpp_mutations if f.endswith(".h") else mutations)(text) for f, text in texts.items()
+        f: (cpp_mutations if f.startswith("csrc") else mutations)(text) for f, text in texts.items()
     }
     jobs = [(f, *m) for f in given.files for m in found[f]][given.skip :]
     words = []
-    if any(f.startswith("csrc") for f in given.files):
-        cpp_commands()  # asked for once, before anything is forked
+    for file in given.files:
+        if file.startswith("csrc"):
+            cpp_commands(file)  # asked for once, before anything is forked
     with get_context("fork").Pool(given.jobs, maxtasksperchild=1) as pool:
         # unbroken, everything must pass, or nothing below means anything
         first = {f: text.splitlines()[0] for f, text in texts.items()}

@@ -26,8 +26,7 @@ FORMATS = [(kind, nested) for kind in ("nf4", "fp4") for nested in (False, True)
 @pytest.fixture
 def decoding(monkeypatch):
     """Weights are decoded however few the tokens are."""
-    no_tokens = dict.fromkeys(DTYPES, (0, 0))
-    monkeypatch.setattr(ops, "FUSED", dict.fromkeys(ops.FUSED, no_tokens))
+    monkeypatch.setattr(ops, "FUSED", ())
 
 
 @pytest.fixture(params=["native", "decoding", "torch"])
@@ -118,7 +117,7 @@ def test_a_single_token(path, dtype, shape, biased):
 
 @pytest.mark.parametrize("kind, nested", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 19, 70])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 19, 70, 140])
 @pytest.mark.parametrize("blocksize", [64, 128])
 def test_some_tokens(kind, nested, dtype, tokens, blocksize):
     """On both sides of what the table says, against bitsandbytes' own decoded weight."""
@@ -135,20 +134,28 @@ def test_some_tokens(kind, nested, dtype, tokens, blocksize):
 
 
 def test_what_csrc_multiplies_without_decoding(monkeypatch):
-    served = dict.fromkeys(DTYPES, (3, 2))
-    monkeypatch.setattr(ops, "FUSED", dict.fromkeys(ops.FUSED, served))
+    halves = (torch.bfloat16, torch.float16)
+    table = [
+        ("not here", DTYPES, range(99), range(99)),
+        ("portable", halves, range(4, 9), range(9)),
+        (native.isa(), DTYPES, range(1, 4), range(1, 3)),
+    ]
+    monkeypatch.setattr(ops, "FUSED", table)
 
-    def fused(*shape, rows=128, columns=192, blocksize=64, dtype=torch.float32, backward=False):
+    def chosen(*shape, rows=128, columns=192, blocksize=64, dtype=torch.float32, backward=False):
         weight = quantise(rows, columns, blocksize=blocksize)
         x = torch.ones(*shape, rows if backward else columns, dtype=dtype)
-        return ops._fused(x, unpack(weight), backward)
+        return ops._multiplier(x, unpack(weight), backward)
 
-    assert fused() and fused(1, 3) and fused(2, backward=True) and fused(3, dtype=torch.float16)
-    assert not fused(0) and not fused(2, 2) and not fused(3, backward=True)
-    assert not fused(1, dtype=torch.float64) and not fused(1, columns=160)
-    assert fused(1, rows=5) and not fused(1, columns=320, blocksize=128)
+    assert chosen() == chosen(1, 3) == chosen(2, backward=True) == chosen(rows=5) == native.isa()
+    assert chosen(3, dtype=torch.float16) == native.isa()
+    assert chosen(2, 2, dtype=torch.float16) == "portable"
+    assert chosen(1, dtype=torch.bfloat16, backward=True) == "portable"
+    assert chosen(0) is chosen(2, 2) is chosen(3, backward=True) is None
+    assert chosen(1, dtype=torch.float64) is chosen(1, columns=160) is None
+    assert chosen(1, columns=320, blocksize=128) is None
     monkeypatch.setattr(native, "_load", lambda: (None, "not built"))
-    assert not fused()
+    assert chosen() is None
 
 
 def test_strided_inputs():

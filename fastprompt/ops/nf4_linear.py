@@ -5,8 +5,8 @@
 
 W is decoded into scratch memory that all weights share, so that neither a second copy of the
 weights nor anything for backward is ever kept. On the CPU csrc/ decodes (or torch, without it), on
-CUDA Triton; the product is torch's own. A few tokens on the CPU csrc/ multiplies straight from the 4
-bits, in float32 with weights that are not rounded.
+CUDA Triton; the product is torch's own. Where FUSED says so, csrc/ multiplies on the CPU straight
+from the 4 bits: in float32 with weights that are not rounded, or by AMX in bfloat16.
 """
 
 from collections.abc import Iterator
@@ -21,14 +21,6 @@ from fastprompt import native
 from fastprompt.ops.dequantize_4bit import forward as decode_into
 from fastprompt.ops.packed import FLOATS, Packed, in_triton, unpack
 from fastprompt.ops.scratch import scratch
-
-# Up to so many tokens, forward and backward, csrc/ multiplies without decoding.
-FUSED = {
-    "avx512": {torch.float32: (64, 64), torch.bfloat16: (8, 16), torch.float16: (8, 16)},
-    "avx2": {torch.float32: (32, 32), torch.bfloat16: (8, 8), torch.float16: (8, 8)},
-    "neon": {torch.float32: (8, 8), torch.bfloat16: (4, 4), torch.float16: (4, 4)},
-    "portable": {torch.float32: (1, 1), torch.bfloat16: (1, 1), torch.float16: (1, 1)},
-}
 
 # ---- decoding ----
 
@@ -53,24 +45,44 @@ def decoded(*weights: Packed, dtype: torch.dtype) -> Iterator[Tensor]:
         yield dense
 
 
-def _fused(x: Tensor, w: Packed, backward: bool) -> bool:
-    """Whether csrc/ multiplies `x`, or backward dy, without decoding the weight."""
-    return (
-        x.is_cpu
-        and x.dtype in native.DTYPES
-        and native.multiplies_4bit(w.rows, w.columns, w.blocksize)
-        and native.available()
-        and 0 < x.numel() // x.shape[-1] <= FUSED[native.isa()][x.dtype][backward]
-    )
+# ---- products in csrc/ ----
+
+_EVERY, _HALVES = (torch.float32, torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16)
+# Numbers of tokens, forward and backward, that csrc/ multiplies sooner than it decodes for torch's
+# product; the first row that fits is taken. Measured with a nested 4096 x 4096 weight on one thread
+# of a Xeon with AMX, where torch's bfloat16 product is at its best (benchmarks/README.md).
+FUSED = (
+    ("amx", (torch.bfloat16,), range(5, 257), range(9, 257)),
+    ("avx512", (torch.float32,), range(1, 41), range(1, 41)),
+    ("avx512", _HALVES, range(1, 11), range(1, 17)),
+    ("avx2", (torch.float32,), range(1, 17), range(1, 17)),
+    ("avx2", _HALVES, range(1, 5), range(1, 9)),
+    ("neon", _EVERY, range(1, 5), range(1, 5)),  # not measured
+    ("portable", _EVERY, range(1, 2), range(1, 2)),  # not measured
+)
 
 
-def _multiply(x: Tensor, w: Packed, bias: Tensor | None = None, backward: bool = False) -> Tensor:
+def _multiplier(x: Tensor, w: Packed, backward: bool) -> str | None:
+    """What of csrc/ multiplies `x`, or backward dy, with the weight; None where torch does."""
+    served = x.is_cpu and native.multiplies_4bit(w.rows, w.columns, w.blocksize)
+    if not served or not native.available():
+        return None
+    tokens = x.numel() // x.shape[-1]
+    for name, dtypes, *counts in FUSED:
+        if name in native.multipliers() and x.dtype in dtypes and tokens in counts[backward]:
+            return name
+    return None
+
+
+def _multiply(
+    x: Tensor, w: Packed, name: str, bias: Tensor | None = None, backward: bool = False
+) -> Tensor:
     tokens = x.reshape(-1, x.shape[-1])
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
     out = native.product_4bit(
         tokens, w.rows, w.columns, w.packed, w.code, w.absmax, w.blocksize, w.nested,
-        bias=None if bias is None else bias.contiguous(), backward=backward,
+        bias=None if bias is None else bias.contiguous(), backward=backward, multiplier=name,
     )  # fmt: skip
     return out.view(*x.shape[:-1], out.shape[1])
 
@@ -99,16 +111,16 @@ def _fake_backward(dy, *weight):
 
 def _forward(x, bias, *weight):
     w = Packed(*weight)
-    if _fused(x, w, backward=False):
-        return _multiply(x, w, bias)
+    if name := _multiplier(x, w, backward=False):
+        return _multiply(x, w, name, bias)
     with decoded(w, dtype=x.dtype) as dense:
         return F.linear(x, dense, bias)
 
 
 def _backward(dy, *weight):
     w = Packed(*weight)
-    if _fused(dy, w, backward=True):
-        return _multiply(dy, w, backward=True)
+    if name := _multiplier(dy, w, backward=True):
+        return _multiply(dy, w, name, backward=True)
     with decoded(w, dtype=dy.dtype) as dense:
         return torch.matmul(dy, dense)
 
