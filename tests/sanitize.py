@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("decode", "product", "module", "parallel")
+SOURCES = ("decode", "product", "parallel")
 FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
 TESTS = ("tests/test_native.py", "tests/test_native_product.py", "tests/test_nf4_linear.py")
 

@@ -54,9 +54,9 @@ _EVERY, _HALVES = (torch.float32, torch.bfloat16, torch.float16), (torch.bfloat1
 FUSED = (
     ("amx", (torch.bfloat16,), range(5, 257), range(9, 257)),
     ("avx512", (torch.float32,), range(1, 41), range(1, 41)),
-    ("avx512", _HALVES, range(1, 11), range(1, 17)),
-    ("avx2", (torch.float32,), range(1, 17), range(1, 17)),
-    ("avx2", _HALVES, range(1, 5), range(1, 9)),
+    ("avx512", _HALVES, range(1, 17), range(1, 17)),
+    ("avx2", (torch.float32,), range(1, 25), range(1, 25)),
+    ("avx2", _HALVES, range(1, 17), range(1, 17)),
     ("neon", _EVERY, range(1, 5), range(1, 5)),  # not measured
     ("portable", _EVERY, range(1, 2), range(1, 2)),  # not measured
 )
