@@ -3,9 +3,9 @@
 Every line of the given files that computes something (device code of the Triton kernels, the
 vendors' merge, csrc's attention and 4-bit products by default) gets one change: an operator or a
 function swapped for another. A copy of the repository with that one change runs the tests that the
-file answers to (C++ is compiled for this machine's best instruction set alone, and linked with what `setup.py
-build_ext --inplace` left in build/). What survives is printed; tests/README.md records the last
-run and says of each survivor why it may live.
+file answers to (C++ is compiled for this machine's best instruction set alone, and linked with what
+`setup.py build_ext --inplace` left in build/). What survives is printed; tests/README.md records
+the last run and says of each survivor why it may live.
 """
 
 import argparse
