@@ -56,7 +56,7 @@ def main() -> int:
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "PYTHONPATH": f"{folder}:{folder / 'tests'}",
         }
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-qxs", "-n", "0", "-p", "no:cacheprovider"]
         given = sys.argv[1:] or TESTS
         return subprocess.run([*command, *given], cwd=folder, env=environment).returncode
 
