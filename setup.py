@@ -26,12 +26,13 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract
 FUSED = "-ffp-contract=fast"  # these have no other's bits to match
 # GCC's own AVX-512 header warns of what it leaves undefined on purpose.
 QUIET = "-Wno-uninitialized -Wno-maybe-uninitialized"
-FLOAT_FILES = ("attention", "elementwise", "select")
+FLOAT_FILES = ("attention", "elementwise", "product", "select")
 FILE_FLAGS = {f"{name}_{isa}.cpp": FUSED for name in FLOAT_FILES for isa in ("neon", "portable")}
 if platform.machine().lower() in ("x86_64", "amd64"):
     FILE_FLAGS |= {
         "decode_avx2.cpp": "-mavx2 -mf16c",
         "decode_avx512.cpp": f"-mavx512f -mavx512bw {QUIET}",
+        "product_amx.cpp": f"-mavx512f -mavx512bw -mamx-tile -mamx-bf16 {QUIET}",
     }
     for name in FLOAT_FILES:
         FILE_FLAGS[f"{name}_avx2.cpp"] = f"-mavx2 -mfma {FUSED}"

@@ -91,7 +91,7 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
       const T* from = at(x, b, h, first + n);
       // rows lie on pages of their own, across which no hardware prefetches
       for (int64_t c = 0; c < a_.d; c += 64 / sizeof(T)) __builtin_prefetch(from + 8 * x.row + c);
-      for (int64_t c = 0; c < a_.d; ++c) to[n * width_ + c] = widen(from[c]);
+      for (int64_t c = 0; c < a_.d; ++c) to[n * width_ + c] = To::widen(from[c]);
       for (int64_t c = a_.d; c < width_; ++c) to[n * width_ + c] = 0;
     }
     return {to, width_};
@@ -206,7 +206,7 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
       add(static_cast<const float*>(m.data), [&](float x) { return number(x, -FLT_MAX); });
     else
       add(static_cast<const uint16_t*>(m.data),
-          [&](uint16_t x) { return number(widen(x), widen(uint16_t(0xff7f))); });
+          [&](uint16_t x) { return number(ToBf16::widen(x), ToBf16::widen(0xff7f)); });
   }
 
   void answer(int64_t b, int64_t h, int64_t n, int64_t end) {

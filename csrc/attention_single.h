@@ -48,7 +48,7 @@ class Single {  // the work of one thread on some pairs of a sample and a key he
   Some widened(const T* from, int64_t row, int64_t count) {
     if (sizeof(T) == 4 && a_.d == width_) return {reinterpret_cast<const float*>(from), row};
     for (int64_t n = 0; n < count; ++n) {
-      for (int64_t c = 0; c < a_.d; ++c) rows_[n * width_ + c] = widen(from[n * row + c]);
+      for (int64_t c = 0; c < a_.d; ++c) rows_[n * width_ + c] = To::widen(from[n * row + c]);
       for (int64_t c = a_.d; c < width_; ++c) rows_[n * width_ + c] = 0;
     }
     return {rows_, width_};
@@ -81,7 +81,7 @@ class Single {  // the work of one thread on some pairs of a sample and a key he
     const int64_t h = h_kv * heads_;
     for (int64_t i = 0; i < across_; ++i)
       for (int64_t c = 0; c < a_.d; ++c)
-        q_[c * across_ + i] = i < heads_ ? widen(at(a_.q, b, h + i, 0)[c]) * a_.scale : 0;
+        q_[c * across_ + i] = i < heads_ ? To::widen(at(a_.q, b, h + i, 0)[c]) * a_.scale : 0;
     score(at(a_.prompt_k, set, h_kv, 0), a_.prompt_k.row, P, scores_);
     float* s = scores_ + P * across_;
     score(at(a_.k, b, h_kv, first), a_.k.row, tokens, s);

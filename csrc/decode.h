@@ -30,22 +30,11 @@ struct Output {
   bool stream;  // write past the caches
 };
 
-// y = W x for a single token, with no decoded weight in between: generation is bound by reading
-// the weights, and 4 bits are read faster than 16. A row has whole blocks, of a multiple of 32.
-struct Product {
-  const float* x;  // [columns]
-  float* y;        // [rows]
-  int64_t rows, columns;
-};
-
 // Decodes blocks [first, last) to their place in the output.
 using DecodeBlocks = void (*)(const Weight&, const Output&, int64_t first, int64_t last);
-// Works out rows [first, last) of the product.
-using MultiplyRows = void (*)(const Weight&, const Product&, int64_t first, int64_t last);
 
-#define FASTPROMPT_VARIANT(isa)                                         \
-  void decode_##isa(const Weight&, const Output&, int64_t, int64_t);    \
-  void multiply_##isa(const Weight&, const Product&, int64_t, int64_t);
+#define FASTPROMPT_VARIANT(isa) \
+  void decode_##isa(const Weight&, const Output&, int64_t, int64_t);
 FASTPROMPT_VARIANT(portable)
 FASTPROMPT_VARIANT(avx2)
 FASTPROMPT_VARIANT(avx512)

@@ -91,8 +91,4 @@ void fastprompt::decode_avx2(const Weight& w, const Output& out, int64_t first, 
   decode_blocks(w, out, first, last);
   if (out.stream) _mm_sfence();  // before another thread reads it
 }
-
-void fastprompt::multiply_avx2(const Weight& w, const Product& p, int64_t first, int64_t last) {
-  multiply_rows(w, p, first, last);
-}
 #endif

@@ -54,8 +54,4 @@ int64_t lookup(const uint8_t* in, int64_t bytes, const uint16_t* table, uint16_t
 void fastprompt::decode_neon(const Weight& w, const Output& out, int64_t first, int64_t last) {
   decode_blocks(w, out, first, last);
 }
-
-void fastprompt::multiply_neon(const Weight& w, const Product& p, int64_t first, int64_t last) {
-  multiply_rows(w, p, first, last);
-}
 #endif

@@ -22,7 +22,3 @@ int64_t lookup(const uint8_t* in, int64_t bytes, const T* table, T* out, bool) {
 void fastprompt::decode_portable(const Weight& w, const Output& out, int64_t first, int64_t last) {
   decode_blocks(w, out, first, last);
 }
-
-void fastprompt::multiply_portable(const Weight& w, const Product& p, int64_t first, int64_t last) {
-  multiply_rows(w, p, first, last);
-}

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -12,10 +13,15 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "attention.h"
 #include "decode.h"
 #include "parallel.h"
+#include "product.h"
 #include "select.h"
 
 namespace fastprompt {
@@ -24,7 +30,6 @@ namespace {
 struct Variant {
   const char* name;
   DecodeBlocks decode;
-  MultiplyRows multiply;
   Attend attend, attend_backward;
   TurnQueries turn;
   ScoreKeys score;
@@ -32,7 +37,7 @@ struct Variant {
 };
 
 #define FASTPROMPT_NAMED(isa) \
-  { #isa, decode_##isa, multiply_##isa, attend_##isa, attend_backward_##isa, turn_##isa, score_##isa, pick_##isa }
+  { #isa, decode_##isa, attend_##isa, attend_backward_##isa, turn_##isa, score_##isa, pick_##isa }
 
 #if defined(__x86_64__)
 bool has_f16c_and_fma() {  // not names that every compiler's __builtin_cpu_supports takes
@@ -61,9 +66,55 @@ const std::vector<Variant>& variants() {
   return found;
 }
 
-pybind11::list names() {
+struct Multiplier {
+  const char* name;
+  ArrangeTile arrange;
+  MultiplyPart multiply;
+};
+
+#define FASTPROMPT_MULTIPLIER(isa) \
+  { #isa, arrange_##isa, multiply_##isa }
+
+#if defined(__linux__) && defined(__x86_64__)
+bool has_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & bf16) || !(d & tile)) return false;
+  // Linux gives the tiles' registers to a process that asks for them
+  constexpr long kRequest = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
+
+// Of 4-bit products: those of the variants, and AMX before them.
+std::vector<Multiplier> find_multipliers() {
+  std::vector<Multiplier> found;
+#if defined(__x86_64__)
+  for (const auto& v : variants()) {
+    if (v.decode == decode_avx512) {
+#if defined(__linux__)
+      if (has_amx()) found.push_back(FASTPROMPT_MULTIPLIER(amx));
+#endif
+      found.push_back(FASTPROMPT_MULTIPLIER(avx512));
+    }
+    if (v.decode == decode_avx2) found.push_back(FASTPROMPT_MULTIPLIER(avx2));
+  }
+#elif defined(__aarch64__)
+  found.push_back(FASTPROMPT_MULTIPLIER(neon));
+#endif
+  found.push_back(FASTPROMPT_MULTIPLIER(portable));
+  return found;
+}
+
+const std::vector<Multiplier>& multipliers() {
+  static const std::vector<Multiplier> found = find_multipliers();
+  return found;
+}
+
+template <class Named>
+pybind11::list names(const std::vector<Named>& found) {
   pybind11::list out;
-  for (const auto& v : variants()) out.append(v.name);
+  for (const auto& each : found) out.append(each.name);
   return out;
 }
 
@@ -107,26 +158,62 @@ void decode(uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t code2,
   parallel(static_cast<int>(parts), threads, work, &task);
 }
 
-void multiply(uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t code2,
-              uintptr_t absmax2, uintptr_t offset, int64_t blocksize, int64_t blocksize2,
-              uintptr_t x, uintptr_t y, int64_t rows, int64_t columns, int threads,
-              size_t variant) {
+// Memory for that many floats, whole lines of the cache.
+float* lines(int64_t floats) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, size_t(floats) * 4 + 64)) throw std::bad_alloc();
+  return static_cast<float*>(memory);
+}
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// How much of y or dx is one part: whole units, two parts a thread where there are enough of them.
+int64_t part_of(int64_t width, int64_t unit, int64_t most, int threads) {
+  const int64_t units = (width + unit - 1) / unit / (2 * threads);
+  return units < 1 ? unit : units * unit < most ? units * unit : most;
+}
+
+void product(uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t code2,
+             uintptr_t absmax2, uintptr_t offset, int64_t blocksize, int64_t blocksize2,
+             uintptr_t in, int64_t in_row, uintptr_t bias, uintptr_t out, int64_t rows,
+             int64_t columns, int64_t tokens, int dtype, bool backward, int threads,
+             size_t multiplier) {
   struct Task {
-    Weight weight;
     Product product;
-    MultiplyRows multiply;
-    int64_t part_rows;
-  } task{weight_at(packed, code, absmax, code2, absmax2, offset, blocksize, blocksize2,
-                   rows * columns),
-         {reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), rows, columns},
-         variants().at(variant).multiply,
-         kPartValues / columns > 1 ? kPartValues / columns : 1};
-  const auto work = [](void* p, int part) {
-    const Task& t = *static_cast<Task*>(p);
-    const int64_t first = part * t.part_rows, stop = first + t.part_rows;
-    t.multiply(t.weight, t.product, first, stop < t.product.rows ? stop : t.product.rows);
+    Multiplier multiplier;
+    int64_t part, width;
+  } task{{}, multipliers().at(multiplier), 0, backward ? columns : rows};
+  Product& p = task.product;
+  p.weight = weight_at(packed, code, absmax, code2, absmax2, offset, blocksize, blocksize2,
+                       rows * columns);
+  p.in = reinterpret_cast<const void*>(in), p.bias = reinterpret_cast<const void*>(bias);
+  p.out = reinterpret_cast<void*>(out);
+  p.rows = rows, p.columns = columns, p.tokens = tokens, p.in_row = in_row;
+  p.dtype = static_cast<Dtype>(dtype), p.backward = backward;
+
+  const bool tiles = task.multiplier.multiply == multiply_amx;
+  const int64_t tile = tiles ? Product::kSide : Product::kTile;
+  const std::unique_ptr<float[], void (*)(void*)> factors(lines(p.room(tiles)), free);
+  const std::unique_ptr<float[], void (*)(void*)> sums(lines(tiles ? p.sums_room() : 0), free);
+  p.factors = factors.get(), p.sums = sums.get();
+  if (tiles)
+    task.part = part_of(task.width, p.panel(), 1024, threads);
+  else if (backward)
+    task.part = part_of(columns, Product::kGroup, Product::kColumns, threads);
+  else
+    task.part = part_of(rows, 1, least(Product::kRows, kPartValues / columns + 1), threads);
+
+  const auto arrange = [](void* given, int part) {
+    const Task& t = *static_cast<Task*>(given);
+    t.multiplier.arrange(t.product, part);
   };
-  parallel(static_cast<int>((rows + task.part_rows - 1) / task.part_rows), threads, work, &task);
+  parallel(static_cast<int>((tokens + tile - 1) / tile), threads, arrange, &task);
+  const auto multiply = [](void* given, int part) {
+    const Task& t = *static_cast<Task*>(given);
+    const int64_t first = part * t.part, stop = first + t.part;
+    t.multiplier.multiply(t.product, first, stop < t.width ? stop : t.width);
+  };
+  parallel(static_cast<int>((task.width + task.part - 1) / task.part), threads, multiply, &task);
 }
 
 // A tensor's address and its strides by sample, head and row; all 0 where there is none.
@@ -259,10 +346,13 @@ void bind_elementwise(pybind11::module_&);  // elementwise_module.cpp
 
 PYBIND11_MODULE(_native, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled part of fastprompt; use it through fastprompt.native.";
-  m.attr("ABI") = 6;  // raised with every change of what native.py calls
-  m.def("variants", &fastprompt::names, "Instruction sets that this machine runs, best first.");
+  m.attr("ABI") = 7;  // raised with every change of what native.py calls
+  m.def("variants", [] { return fastprompt::names(fastprompt::variants()); },
+        "Instruction sets that this machine runs, best first.");
+  m.def("multipliers", [] { return fastprompt::names(fastprompt::multipliers()); },
+        "The same of 4-bit products.");
   m.def("decode", &fastprompt::decode, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("multiply", &fastprompt::multiply, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("product", &fastprompt::product, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("attention", &fastprompt::attention, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("select", &fastprompt::select, pybind11::call_guard<pybind11::gil_scoped_release>());
   fastprompt::bind_elementwise(m);

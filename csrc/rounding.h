@@ -1,4 +1,4 @@
-// From float32 to the output's dtype, to nearest even. In an unnamed namespace: see decode_blocks.h.
+// From float32 to another dtype, to nearest even, and back. In an unnamed namespace: see decode_blocks.h.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +19,10 @@ inline float float_of(uint32_t u) {
   return x;
 }
 
-inline float widen(float x) { return x; }
-inline float widen(uint16_t x) { return float_of(uint32_t(x) << 16); }  // bfloat16
-
 struct ToF32 {
   using T = float;
   static T convert(float x) { return x; }
+  static float widen(T x) { return x; }
 };
 
 struct ToBf16 {  // to nearest even
@@ -33,6 +31,7 @@ struct ToBf16 {  // to nearest even
     const uint32_t u = bits_of(x);
     return x != x ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
   }
+  static float widen(T x) { return float_of(uint32_t(x) << 16); }
 };
 
 struct ToF16 {  // to nearest even, without a branch so that the compiler vectorises it (M. Dukhan's)
@@ -45,6 +44,13 @@ struct ToF16 {  // to nearest even, without a branch so that the compiler vector
     const uint32_t r = bits_of(float_of((bias >> 1) + 0x07800000) + magnitude);
     const uint32_t finite = ((r >> 13) & 0x7c00) + (r & 0x0fff);
     return uint16_t((u >> 16 & 0x8000) | (twice > 0xff000000 ? 0x7e00 : finite));
+  }
+  static float widen(T x) {
+    const uint32_t magnitude = uint32_t(x & 0x7fff) << 13;
+    // less denormal by 2^112, or else infinite or NaN
+    const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 | magnitude : 0;
+    const uint32_t bits = special ? special : bits_of(float_of(magnitude) * 0x1p+112f);
+    return float_of(bits | uint32_t(x & 0x8000) << 16);
   }
 };
 

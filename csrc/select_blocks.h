@@ -27,15 +27,6 @@ struct Ahead {
   }
 };
 
-inline float from_bf16(uint16_t x) { return float_of(uint32_t(x) << 16); }
-inline float from_f16(uint16_t x) {
-  const uint32_t magnitude = uint32_t(x & 0x7fff) << 13;
-  // less denormal by 2^112, or else infinite or NaN
-  const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 | magnitude : 0;
-  const uint32_t bits = special ? special : bits_of(float_of(magnitude) * 0x1p+112f);
-  return float_of(bits | uint32_t(x & 0x8000) << 16);
-}
-
 inline int64_t bytes_of(Number n) { return n == Number::f32 ? 4 : n == Number::i8 ? 1 : 2; }
 
 // use(i, value) for `count` elements from the given one on, as float32.
@@ -49,10 +40,10 @@ inline void each(Number kind, const void* data, int64_t from, int64_t count, Use
       return;
     }
     case Number::bf16:
-      for (int64_t i = 0; i < count; ++i) use(i, from_bf16(half[i]));
+      for (int64_t i = 0; i < count; ++i) use(i, ToBf16::widen(half[i]));
       return;
     case Number::f16:
-      for (int64_t i = 0; i < count; ++i) use(i, from_f16(half[i]));
+      for (int64_t i = 0; i < count; ++i) use(i, ToF16::widen(half[i]));
       return;
     case Number::i8: {
       const auto x = static_cast<const int8_t*>(data) + from;

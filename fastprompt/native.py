@@ -7,12 +7,13 @@ The package works without it: `available()` says whether it is there, `why_missi
 import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-ABI = 6  # csrc/module.cpp has the same; a module left from another version is not called
+ABI = 7  # csrc/module.cpp has the same; a module left from another version is not called
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/decode.h: Dtype
 MASKS = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 2}  # csrc/attention.h: Mask::Kind
 
@@ -46,6 +47,13 @@ def variants() -> tuple[str, ...]:
     """Instruction sets that this machine runs, the best first; empty without the native part."""
     module = _load()[0]
     return tuple(module.variants()) if module else ()
+
+
+@functools.cache
+def multipliers() -> tuple[str, ...]:
+    """What `product_4bit` runs on here, the best first: "amx" (bfloat16 alone) and `variants()`."""
+    module = _load()[0]
+    return tuple(module.multipliers()) if module else ()
 
 
 def isa() -> str:
@@ -91,15 +99,17 @@ def _weight(
     )
 
 
-def _module(variant: str | None) -> tuple[ModuleType, int]:
+def _module(
+    variant: str | None, of: Callable[[], tuple[str, ...]] = variants
+) -> tuple[ModuleType, int]:
     module, why = _load()
     if module is None:
         raise RuntimeError(why)
     if variant is None:
         return module, 0
-    if variant not in variants():
-        raise ValueError(f"variant: want one of {variants()}, got {variant!r}")
-    return module, variants().index(variant)
+    if variant not in of():
+        raise ValueError(f"variant: want one of {of()}, got {variant!r}")
+    return module, of().index(variant)
 
 
 def decode_4bit(
@@ -145,40 +155,83 @@ def decode_4bit(
     return out
 
 
-def matvec_4bit(
+def multiplies_4bit(rows: int, columns: int, blocksize: int) -> bool:
+    """Whether `product_4bit` serves a weight of these sizes."""
+    whole = blocksize >= 32 and not blocksize & (blocksize - 1)
+    return whole and rows > 0 and columns > 0 and columns % blocksize == 0
+
+
+def product_4bit(
     x: Tensor,
     rows: int,
+    columns: int,
     packed: Tensor,
     code: Tensor,
     absmax: Tensor,
     blocksize: int,
     nested: Nested | None = None,
-    variant: str | None = None,
+    *,
+    bias: Tensor | None = None,
+    backward: bool = False,
+    multiplier: str | None = None,
 ) -> Tensor:
-    """``W x`` for a single token, with no decoded weight in between.
+    """``x Wᵀ + bias``, or backward ``x W``, for some tokens, with no decoded weight in between.
+
+    On torch.get_num_threads() threads, whose number changes no bit.
 
     Args:
-        x: [columns] contiguous float32; columns a multiple of blocksize, that one of 32.
-        rows: of the weight, which is [rows, columns].
-        packed, code, absmax, blocksize, nested, variant: as in `decode_4bit`.
+        x: [tokens, columns], backward [tokens, rows]: float32, bfloat16 or float16, any strides
+            with a contiguous last axis.
+        rows, columns: of the weight; columns a multiple of blocksize, that one a power of two of
+            at least 32.
+        packed, code, absmax, blocksize, nested: as in `decode_4bit`.
+        bias: [rows] contiguous, in the dtype of x; not backward.
+        multiplier: one of `multipliers()`; by default the first that takes the dtype.
 
     Returns:
-        [rows] float32: sums in float32, of weights that were not rounded.
+        [tokens, rows], backward [tokens, columns], in the dtype of x: sums in float32, rounded
+        once, of weights that were not rounded (by "amx": to bfloat16).
 
     Raises:
         ValueError, RuntimeError: as `decode_4bit`.
     """
-    module, index = _module(variant)
-    columns = x.numel()
-    if columns < 1 or blocksize < 1 or blocksize % 32 or columns % blocksize:
+    module, index = _module(multiplier, multipliers)
+    if not multiplies_4bit(rows, columns, blocksize):
         raise ValueError(
-            f"x: want whole blocks of 32s, got {columns} values in blocks of {blocksize}"
+            "weight: want rows of whole blocks of a power of two from 32 on, "
+            f"got [{rows}, {columns}] in blocks of {blocksize}"
         )
+    width, out_width = (rows, columns) if backward else (columns, rows)
+    if x.dim() != 2 or x.shape[1] != width or x.dtype not in DTYPES or not x.is_cpu:
+        raise ValueError(
+            f"x: want [tokens, {width}] in one of {[*DTYPES]} on the CPU, "
+            f"got {list(x.shape)} {x.dtype} on {x.device}"
+        )
+    if x.stride(1) != 1 and width > 1 and len(x):
+        raise ValueError(f"x: want a contiguous last axis, got strides {x.stride()}")
+    if multipliers()[index] == "amx" and x.dtype != torch.bfloat16:
+        if multiplier:
+            raise ValueError(f"x: want torch.bfloat16 for amx, got {x.dtype}")
+        index += 1
+    if backward and bias is not None:
+        raise ValueError("bias: want none backward")
     weight = _weight(rows * columns, packed, code, absmax, blocksize, nested)
-    y = torch.empty(rows)
-    address = _check("x", x, torch.float32, columns)
-    module.multiply(*weight, address, y.data_ptr(), rows, columns, torch.get_num_threads(), index)
-    return y
+    out = x.new_empty(len(x), out_width)
+    module.product(
+        *weight,
+        x.data_ptr(),
+        x.stride(0),
+        0 if bias is None else _check("bias", bias, x.dtype, rows),
+        out.data_ptr(),
+        rows,
+        columns,
+        len(x),
+        DTYPES[x.dtype],
+        backward,
+        torch.get_num_threads(),
+        index,
+    )
+    return out
 
 
 def attention(

@@ -1,11 +1,11 @@
 """Break one line at a time; some test must fail.  python tests/mutate.py [FILE ...]
 
 Every line of the given files that computes something (device code of the Triton kernels, the
-vendors' merge, csrc's attention and elementwise work by default) gets one change: an operator or a
-function swapped for another. A copy of the repository with that one change runs the tests that the
-file answers to (C++ is compiled for this machine's best instruction set alone, and linked with what
-`setup.py build_ext --inplace` left in build/). What survives is printed; tests/README.md records
-the last run and says of each survivor why it may live.
+vendors' merge, csrc's attention, 4-bit products and elementwise work by default) gets one change:
+an operator or a function swapped for another. A copy of the repository with that one change runs
+the tests that the file answers to (C++ is compiled for this machine's best instruction set alone,
+and linked with what `setup.py build_ext --inplace` left in build/). What survives is printed;
+tests/README.md records the last run and says of each survivor why it may live.
 """
 
 import argparse
@@ -54,6 +54,8 @@ FILES = {  # file -> what selects its tests
     "csrc/activations_blocks.h": "(avx512 or avx2 or neon) and not norm",
     "csrc/rotation_blocks.h": "(avx512 or avx2 or neon) and not norm and not activations",
     "csrc/rows.h": "avx512 or avx2 or neon",
+    "csrc/product_blocks.h": "avx512 or avx2 or neon",
+    "csrc/product_amx.cpp": "amx",
 }
 OWN_TESTS = {  # of those that TESTS are not about
     OPS + "norms_triton.py": "tests/test_norms.py",
@@ -70,7 +72,10 @@ OWN_TESTS = {  # of those that TESTS are not about
     ),
     "csrc/rotation_blocks.h": "tests/test_native_elementwise.py",
     "csrc/rows.h": "tests/test_native_elementwise.py",
+    "csrc/product_blocks.h": "tests/test_native_product.py",
+    "csrc/product_amx.cpp": "tests/test_native_product.py",
 }
+ELEMENTWISE = ("norms", "activations", "rotation", "rows")  # what csrc/elementwise_*.cpp include
 SWAPS = {
     "+": "-", "-": "+", "*": "+", "//": "*", "/": "*", "%": "+", "<": "<=", "<=": "<", ">": ">=",
     ">=": ">", "&": "|", "+=": "-=", "*=": "+=", "==": "!=", "and": "or", "or": "and",
@@ -120,25 +125,24 @@ def cpp_mutations(source: str) -> list[tuple[int, str, str]]:
 
 
 @functools.cache
-def cpp_commands(part: str) -> tuple[str, str, str]:
-    """How setup.py's ninja compiles a part (attention, say) for this machine's best instruction
-    set, into which object, and how it links."""
+def cpp_commands(file: str) -> tuple[str, str, str]:
+    """How setup.py's ninja compiles what the file is part of (a header: for this machine's best
+    instruction set), into which object, and how it links."""
     ask = [sys.executable, "-c", "from fastprompt import native; print(native.isa())"]
     isa = subprocess.check_output(ask, cwd=ROOT, text=True).strip()
     listed = ["ninja", "-C", next(ROOT.glob("build/temp.*")), "-t", "commands"]
     lines = subprocess.check_output(listed, text=True).splitlines()
-    compiling = next(line for line in lines if line.endswith(f"{part}_{isa}.cpp.o"))
+    unit = Path(file).stem.partition("_")[0]
+    unit = "elementwise" if unit in ELEMENTWISE else unit
+    source = f"{unit}_{isa}.cpp" if file.endswith(".h") else Path(file).name
+    compiling = next(line for line in lines if line.endswith(f"{source}.o"))
     return compiling.replace(" -O3 ", " -O1 "), compiling.split()[-1], lines[-1]
 
 
-def part_of(file: str) -> str:
-    return "attention" if "attention" in file else "elementwise"
-
-
-def compile_cpp(folder: Path, part: str) -> bool:
-    """Puts the folder's own part behind its `_native`; False where it does not compile."""
-    compiling, old, linking = cpp_commands(part)
-    own, target = folder / "part.o", next(folder.glob("fastprompt/_native*"))
+def compile_cpp(folder: Path, file: str) -> bool:
+    """Puts the folder's own object behind its `_native`; False where it does not compile."""
+    compiling, old, linking = cpp_commands(file)
+    own, target = folder / "own.o", next(folder.glob("fastprompt/_native*"))
     compiling = compiling.replace(f"{ROOT}/csrc", f"{folder}/csrc").replace(old, str(own))
     linking = re.sub(r"-o \S+", f"-o {target}", linking.replace(old, str(own)))
     target.unlink()
@@ -181,7 +185,7 @@ def outcome(job: tuple[str, int, str, str]) -> str:
     for plugin in ("logging", "cacheprovider", "xdist", "faulthandler"):
         selection += ["-p", f"no:{plugin}"]
     try:
-        if file.startswith("csrc") and not compile_cpp(folder, part_of(file)):
+        if file.startswith("csrc") and not compile_cpp(folder, file):
             return BROKEN
         tests = OWN_TESTS[file].split() if file in OWN_TESTS else TESTS
         failed = (
@@ -211,13 +215,13 @@ def main() -> None:
     given = parser.parse_args()
     texts = {f: (ROOT / f).read_text() for f in given.files}
     found = {
-        f: (cpp_mutations if f.endswith(".h") else mutations)(text) for f, text in texts.items()
+        f: (cpp_mutations if f.startswith("csrc") else mutations)(text) for f, text in texts.items()
     }
     jobs = [(f, *m) for f in given.files for m in found[f]][given.skip :]
     words = []
     for file in given.files:
         if file.startswith("csrc"):
-            cpp_commands(part_of(file))  # asked for once, before anything is forked
+            cpp_commands(file)  # asked for once, before anything is forked
     with get_context("fork").Pool(given.jobs, maxtasksperchild=1) as pool:
         # unbroken, everything must pass, or nothing below means anything
         first = {f: text.splitlines()[0] for f, text in texts.items()}

@@ -88,28 +88,6 @@ def test_rounding_is_torchs(variant, dtype):
     assert torch.equal(out[~out.isnan()].view(torch.int16), want[~want.isnan()].view(torch.int16))
 
 
-@pytest.mark.parametrize("variant", native.variants() if native.available() else [])
-@pytest.mark.parametrize("blocksize", [32, 64, 4096])
-@pytest.mark.parametrize("blocksize2", [None, 3, 256])
-def test_a_single_token(variant, blocksize, blocksize2):
-    rows, columns = 37, 300 * blocksize if blocksize < 4096 else 4096
-    packed, code, absmax, nested = make(rows * columns, blocksize, blocksize2)
-    x = torch.randn(columns, generator=torch.Generator().manual_seed(1))
-    w = truth(rows * columns, packed, code, absmax, blocksize, nested, torch.float64)
-    w = w.view(rows, columns)
-    got = native.matvec_4bit(x, rows, packed, code, absmax, blocksize, nested, variant)
-    # against the size of the terms: with random signs the sums themselves may be near 0
-    error, size = (got - w @ x.double()).abs(), w.abs() @ x.abs().double()
-    assert (error <= 1e-6 * size).all()
-
-
-@pytest.mark.parametrize("columns, blocksize", [(96, 64), (48, 48), (64, 0), (0, 64)])
-def test_a_single_token_needs_whole_blocks(columns, blocksize):
-    packed, code, absmax, _ = make(4 * columns, 32)
-    with pytest.raises(ValueError, match="x: want whole blocks"):
-        native.matvec_4bit(torch.ones(columns), 4, packed, code, absmax, blocksize)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads(threads):
     before = torch.get_num_threads()

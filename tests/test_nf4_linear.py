@@ -23,13 +23,21 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [(kind, nested) for kind in ("nf4", "fp4") for nested in (False, True)]
 
 
-@pytest.fixture(params=["native", "torch"])
+@pytest.fixture
+def decoding(monkeypatch):
+    """Weights are decoded however few the tokens are."""
+    monkeypatch.setattr(ops, "FUSED", ())
+
+
+@pytest.fixture(params=["native", "decoding", "torch"])
 def path(request, monkeypatch):
-    """With the native part, and as if it were not there."""
+    """With the native part; decoding by it alone; and as if it were not there."""
     if request.param == "torch":
         monkeypatch.setattr(native, "_load", lambda: (None, "not built"))
     elif not native.available():
         pytest.skip(str(native.why_missing()))
+    elif request.param == "decoding":
+        request.getfixturevalue("decoding")
     return request.param
 
 
@@ -107,6 +115,49 @@ def test_a_single_token(path, dtype, shape, biased):
     assert error <= 2 * limit + 1e-6 * want.norm()
 
 
+@pytest.mark.parametrize("kind, nested", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 19, 70, 140])
+@pytest.mark.parametrize("blocksize", [64, 128])
+def test_some_tokens(kind, nested, dtype, tokens, blocksize):
+    """On both sides of what the table says, against bitsandbytes' own decoded weight."""
+    packed, state = weight = quantise(128, 384, kind, nested, blocksize=blocksize)
+    dense, bias = bnb.dequantize_4bit(packed, state), torch.randn(128)
+    wide = torch.randn(2, tokens, 500).to(dtype)
+    x, dy = wide[..., 50:434].requires_grad_(), torch.randn(128).expand(2, tokens, 128)
+    assert_as_accurate(
+        lambda x: nf4_linear(x, weight, bias.to(x.dtype)),
+        lambda x: F.linear(x, dense.to(x.dtype), bias.to(x.dtype)),
+        [x],
+        dy,
+    )
+
+
+def test_what_csrc_multiplies_without_decoding(monkeypatch):
+    halves = (torch.bfloat16, torch.float16)
+    table = [
+        ("not here", DTYPES, range(99), range(99)),
+        ("portable", halves, range(4, 9), range(9)),
+        (native.isa(), DTYPES, range(1, 4), range(1, 3)),
+    ]
+    monkeypatch.setattr(ops, "FUSED", table)
+
+    def chosen(*shape, rows=128, columns=192, blocksize=64, dtype=torch.float32, backward=False):
+        weight = quantise(rows, columns, blocksize=blocksize)
+        x = torch.ones(*shape, rows if backward else columns, dtype=dtype)
+        return ops._multiplier(x, unpack(weight), backward)
+
+    assert chosen() == chosen(1, 3) == chosen(2, backward=True) == chosen(rows=5) == native.isa()
+    assert chosen(3, dtype=torch.float16) == native.isa()
+    assert chosen(2, 2, dtype=torch.float16) == "portable"
+    assert chosen(1, dtype=torch.bfloat16, backward=True) == "portable"
+    assert chosen(0) is chosen(2, 2) is chosen(3, backward=True) is None
+    assert chosen(1, dtype=torch.float64) is chosen(1, columns=160) is None
+    assert chosen(1, columns=320, blocksize=128) is None
+    monkeypatch.setattr(native, "_load", lambda: (None, "not built"))
+    assert chosen() is None
+
+
 def test_strided_inputs():
     weight = quantise(96, 192)
     wide, dy = torch.randn(4, 3, 400), torch.randn(96).expand(3, 4, 96)
@@ -123,7 +174,7 @@ def test_gradient_in_float64(path):
     assert torch.autograd.gradcheck(lambda x: nf4_linear(x, weight), x)
 
 
-def test_weights_share_one_buffer_and_nothing_is_kept():
+def test_weights_share_one_buffer_and_nothing_is_kept(decoding):
     first, second = quantise(96, 192), quantise(192, 96, "fp4")
     x = torch.randn(4, 192, requires_grad=True)
     kept = []
@@ -182,7 +233,7 @@ def test_buffers_made_in_inference_mode_serve_training(path):
     assert torch.equal(y, want.clone())
 
 
-def test_threads_do_not_share_buffers():
+def test_threads_do_not_share_buffers(path):
     weights = [quantise(256, 256, kind) for kind in ("nf4", "fp4")]
     x = torch.randn(8, 256)
     want = [nf4_linear(x, w) for w in weights]

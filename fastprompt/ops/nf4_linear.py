@@ -5,8 +5,8 @@
 
 W is decoded into scratch memory that all weights share, so that neither a second copy of the
 weights nor anything for backward is ever kept. On the CPU csrc/ decodes (or torch, without it), on
-CUDA Triton; the product is torch's own. A single token without gradients (generation) is multiplied
-in csrc/ straight from the 4 bits.
+CUDA Triton; the product is torch's own. Where FUSED says so, csrc/ multiplies on the CPU straight
+from the 4 bits: in float32 with weights that are not rounded, or by AMX in bfloat16.
 """
 
 from collections.abc import Iterator
@@ -45,17 +45,46 @@ def decoded(*weights: Packed, dtype: torch.dtype) -> Iterator[Tensor]:
         yield dense
 
 
-def _generates(x: Tensor, w: Packed) -> bool:
-    """Whether `x` is a single token without gradients that csrc/ multiplies without decoding."""
-    return (
-        x.numel() == w.columns > 0
-        and x.is_cpu
-        and x.dtype in native.DTYPES
-        and not x.requires_grad
-        and w.blocksize % 32 == 0
-        and w.columns % w.blocksize == 0
-        and native.available()
-    )
+# ---- products in csrc/ ----
+
+_EVERY, _HALVES = (torch.float32, torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16)
+# Numbers of tokens, forward and backward, that csrc/ multiplies sooner than it decodes for torch's
+# product; the first row that fits is taken. Measured with a nested 4096 x 4096 weight on one thread
+# of a Xeon with AMX, where torch's bfloat16 product is at its best (benchmarks/README.md).
+FUSED = (
+    ("amx", (torch.bfloat16,), range(5, 257), range(9, 257)),
+    ("avx512", (torch.float32,), range(1, 41), range(1, 41)),
+    ("avx512", _HALVES, range(1, 17), range(1, 17)),
+    ("avx2", (torch.float32,), range(1, 25), range(1, 25)),
+    ("avx2", _HALVES, range(1, 17), range(1, 17)),
+    ("neon", _EVERY, range(1, 5), range(1, 5)),  # not measured
+    ("portable", _EVERY, range(1, 2), range(1, 2)),  # not measured
+)
+
+
+def _multiplier(x: Tensor, w: Packed, backward: bool) -> str | None:
+    """What of csrc/ multiplies `x`, or backward dy, with the weight; None where torch does."""
+    served = x.is_cpu and native.multiplies_4bit(w.rows, w.columns, w.blocksize)
+    if not served or not native.available():
+        return None
+    tokens = x.numel() // x.shape[-1]
+    for name, dtypes, *counts in FUSED:
+        if name in native.multipliers() and x.dtype in dtypes and tokens in counts[backward]:
+            return name
+    return None
+
+
+def _multiply(
+    x: Tensor, w: Packed, name: str, bias: Tensor | None = None, backward: bool = False
+) -> Tensor:
+    tokens = x.reshape(-1, x.shape[-1])
+    if tokens.stride(1) != 1:
+        tokens = tokens.contiguous()
+    out = native.product_4bit(
+        tokens, w.rows, w.columns, w.packed, w.code, w.absmax, w.blocksize, w.nested,
+        bias=None if bias is None else bias.contiguous(), backward=backward, multiplier=name,
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], out.shape[1])
 
 
 # ---- ops: schema, fake, implementation ----
@@ -82,17 +111,17 @@ def _fake_backward(dy, *weight):
 
 def _forward(x, bias, *weight):
     w = Packed(*weight)
-    if not _generates(x, w):
-        with decoded(w, dtype=x.dtype) as dense:
-            return F.linear(x, dense, bias)
-    token = x.reshape(-1).contiguous().float()
-    y = native.matvec_4bit(token, w.rows, w.packed, w.code, w.absmax, w.blocksize, w.nested)
-    y = y if bias is None else y.add_(bias)
-    return y.to(x.dtype).view(*x.shape[:-1], w.rows)
+    if name := _multiplier(x, w, backward=False):
+        return _multiply(x, w, name, bias)
+    with decoded(w, dtype=x.dtype) as dense:
+        return F.linear(x, dense, bias)
 
 
 def _backward(dy, *weight):
-    with decoded(Packed(*weight), dtype=dy.dtype) as dense:
+    w = Packed(*weight)
+    if name := _multiplier(dy, w, backward=True):
+        return _multiply(dy, w, name, backward=True)
+    with decoded(w, dtype=dy.dtype) as dense:
         return torch.matmul(dy, dense)
 
 
