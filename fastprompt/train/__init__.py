@@ -1,0 +1,19 @@
+"""``fastprompt train``, and the same from Python: data, chat templates, batches, Trainer, runs."""
+
+from fastprompt.train.checking import Problems, TrainingError
+from fastprompt.train.config import TrainConfig
+from fastprompt.train.run import Result, make_trainer, prepare_data, prepare_model, rerun, train
+from fastprompt.train.trainer import PromptTrainer
+
+__all__ = [
+    "Problems",
+    "PromptTrainer",
+    "Result",
+    "TrainConfig",
+    "TrainingError",
+    "make_trainer",
+    "prepare_data",
+    "prepare_model",
+    "rerun",
+    "train",
+]
