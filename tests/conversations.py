@@ -1,4 +1,4 @@
-"""Small data to train on: a tiny LLaVA with its processor, and conversations about coloured shapes."""
+"""What tests train on: a tiny LLaVA with its processor, conversations about coloured shapes."""
 
 import json
 import random

@@ -65,18 +65,18 @@ class Examples(Dataset):
         return [self._example(int(self.checked.indices[j])) for j in self.bins[i]]
 
     def _example(self, i: int) -> Example:
-        where, name = self.checked.rows.where(i), "?"
+        where, row = self.checked.rows.where(i), None
         try:
             row = self.checked.rows[i]
-            name = row.id
             found, pixels = self.template.encode(row), None
             if row.image is not None:
                 image = self.process(images=[row.open_image()], return_tensors="pt")
                 pixels = image["pixel_values"][0].to(self.dtype)
-            return Example(found.ids, found.labels, pixels, name, where)
+            return Example(found.ids, found.labels, pixels, row.id, where)
         except (BadRow, OSError) as error:  # it was good when it was checked
-            kind = getattr(error, "kind", "cannot be read")
-            problem = Problem(where, name, kind, getattr(error, "reason", str(error)))
+            bad = error if isinstance(error, BadRow) else BadRow("cannot be read", str(error))
+            name = row.id if row else bad.id
+            problem = Problem(where, name, bad.kind, bad.reason)
             pad = self.template.tokenizer.eos_token_id or 0
             return Example([pad], [IGNORE], None, name, where, problem)
 

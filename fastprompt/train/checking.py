@@ -134,15 +134,14 @@ def check(
         if not len(source):
             problems.add(Problem(str(source.path), "-", "empty file", "it has no row"))
     for i in range(len(rows)):
-        name = "?"
+        row = None
         try:
             digest.update(rows.raw(i))
             row = rows[i]
-            name = row.id
             if row.image is not None:
                 row.open_image(decode)
                 digest.update(str(row.image.length()).encode())
-            key = hashlib.blake2b(name.encode(), digest_size=8).digest()
+            key = hashlib.blake2b(row.id.encode(), digest_size=8).digest()
             if key in seen and not keep_duplicates:
                 raise BadRow("duplicate id", "a row before it has the same id")
             length = len(template.encode(row).ids)
@@ -152,6 +151,7 @@ def check(
             indices.append(i)
             lengths.append(length)
         except BadRow as bad:
+            name = row.id if row else bad.id
             problems.add(Problem(rows.where(i), name, bad.kind, bad.reason))
         tick()
     if not indices:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +21,7 @@ def train(arguments: list[str]) -> int:
     parser = _parser("train", "Train prompts on conversations about images.")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
-    given = parser.parse_args(arguments)
+    given = _parsed(parser, arguments)
     console = Console(soft_wrap=True)
     try:
         config = _config(given)
@@ -56,7 +59,7 @@ def inspect_data(arguments: list[str]) -> int:
     """0, and 1 if rows are bad. The model's processor is read, the model is not."""
     parser = _parser("inspect-data", "Show rows with the tokens that train in ⟦ ⟧.")
     parser.add_argument("--count", type=int, default=3, help="rows shown (3)")
-    given = parser.parse_args(arguments)
+    given = _parsed(parser, arguments)
     console = Console(soft_wrap=True)
     try:
         data = run.prepare_data(_config(given, out=""), console)
@@ -75,10 +78,25 @@ def inspect_data(arguments: list[str]) -> int:
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"fastprompt {name}", description=description)
+    usage = f"fastprompt {name} --model MODEL --data PATH … --out FOLDER [options]"
+    parser = argparse.ArgumentParser(
+        f"fastprompt {name}", usage, description=description, allow_abbrev=False
+    )
     parser.add_argument("--config", help="YAML of the options below; the command line goes first")
     add_options(parser)
     return parser
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """As ``parse_args``; an unknown option is answered with the nearest one."""
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1, cutoff=0.5)
+        parser.error(
+            f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return given
 
 
 def _config(given: argparse.Namespace, **fallbacks: str) -> TrainConfig:
@@ -93,6 +111,11 @@ def _config(given: argparse.Namespace, **fallbacks: str) -> TrainConfig:
 
 
 def _dry_run(config: TrainConfig, console: Console) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # Trainer makes its own at once
+        _plan(replace(config, out=folder), console)
+
+
+def _plan(config: TrainConfig, console: Console) -> None:
     data = run.prepare_data(config, console)
     patch = run.prepare_model(config, data.processor)
     trainer = run.make_trainer(config, data, patch)

@@ -17,11 +17,12 @@ _ROLES |= {"system": "system"}
 
 
 class BadRow(ValueError):
-    """Why a row cannot be used: a ``kind`` to count by, and the reason in words."""
+    """Why a row cannot be used: a ``kind`` to count by, the reason in words, the row's id if it is
+    known."""
 
-    def __init__(self, kind: str, reason: str):
+    def __init__(self, kind: str, reason: str, id: str = "?"):
         super().__init__(kind, reason)
-        self.kind, self.reason = kind, reason
+        self.kind, self.reason, self.id = kind, reason, id
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,31 @@ def parse(raw: object, where: str, image: Blob | None, default_id: str) -> Row:
     if not isinstance(raw, dict):
         raise BadRow("not a row", f"want an object, got {type(raw).__name__}")
     name = str(raw.get("id", default_id))
-    if "conversations" in raw:
-        turns = [_turn(turn, i) for i, turn in enumerate(_list(raw["conversations"]))]
-    elif isinstance(raw.get("caption"), str):
-        turns = [("user", IMAGE), ("assistant", raw["caption"].strip())]
-    else:
+    try:
+        return Row(name, where, _placed(_checked(_turns(raw)), image is not None), image)
+    except BadRow as bad:
+        bad.id = name
+        raise
+
+
+def _turns(raw: dict) -> list[tuple[str, str]]:
+    if isinstance(raw.get("caption"), str) and "conversations" not in raw:
+        return [("user", IMAGE), ("assistant", raw["caption"].strip())]
+    if "conversations" not in raw:
         keys = ", ".join(map(str, raw)) or "none"
         raise BadRow("not a row", f"want 'conversations' or 'caption', got the keys {keys}")
+    turns = raw["conversations"]
+    if not isinstance(turns, list):
+        raise BadRow("not a row", f"'conversations': want a list, got {type(turns).__name__}")
+    return [_turn(turn, i) for i, turn in enumerate(turns)]
+
+
+def _checked(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Questions and answers in turn, none of the answers empty."""
     spoken = [role for role, _ in turns if role != "system"]
-    if spoken != ["user", "assistant"] * (len(spoken) // 2) or turns[1:].count("system"):
+    if spoken != ["user", "assistant"] * (len(spoken) // 2) or any(
+        role == "system" for role, _ in turns[1:]
+    ):
         if spoken and spoken[-1] == "user":
             raise BadRow("no answer", "the conversation ends with a question")
         order = " ".join(spoken) or "nothing"
@@ -122,13 +139,7 @@ def parse(raw: object, where: str, image: Blob | None, default_id: str) -> Row:
         raise BadRow("no answer", "the conversation is empty")
     if any(role == "assistant" and not text for role, text in turns):
         raise BadRow("no answer", "an answer is empty")
-    return Row(name, where, _placed(turns, image is not None), image)
-
-
-def _list(value: object) -> list:
-    if not isinstance(value, list):
-        raise BadRow("not a row", f"'conversations': want a list, got {type(value).__name__}")
-    return value
+    return turns
 
 
 def _turn(turn: object, i: int) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -51,10 +50,6 @@ def plan(trainer: PromptTrainer, patch: Patch, config: TrainConfig) -> str:
     data = trainer.train_dataset
     checked = data.checked
     share, whole = sum(p.numel() for p in patch.trainable.values()), count(patch.model)
-    batches = math.ceil(len(data) / config.batch_size)
-    steps = config.max_steps or math.ceil(
-        config.epochs * max(1, math.ceil(batches / config.accumulate))
-    )
     width = int(data.lengths.max())
     lines = [
         patch.report(),
@@ -64,13 +59,18 @@ def plan(trainer: PromptTrainer, patch: Patch, config: TrainConfig) -> str:
         + (f", {len(trainer.eval_dataset):,} held out" if trainer.eval_dataset else ""),
         f"tokens   {_spread(checked.lengths)} a row"
         + (f"; packed into {len(data):,} rows of up to {width}" if config.pack else ""),
-        f"steps    {steps:,} of {config.batch_size} × {config.accumulate} rows",
+        f"steps    {steps(trainer):,} of {config.batch_size} × {config.accumulate} rows",
         "",
         *memory(patch, config, width),
     ]
     if trainer.problems:
         lines += ["", trainer.problems.summary()]
     return "\n".join(lines)
+
+
+def steps(trainer: PromptTrainer) -> int:
+    """How many steps `PromptTrainer.train` would take."""
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
 def memory(patch: Patch, config: TrainConfig, width: int) -> list[str]:

@@ -22,6 +22,7 @@ from fastprompt.train.rows import BadRow, Blob, Row, parse
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _TEXTS = (".json", ".txt")
 _CHUNK = 2**24
+_BETWEEN = re.compile(rb"[^\s,\xef\xbb\xbf](?:.*[^\s,])?", re.DOTALL)  # no comma, no space, no BOM
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
@@ -186,8 +187,9 @@ def _array(path: Path) -> np.ndarray:
     spans, depth, start, last = [], 0, 0, 0
 
     def between(begin: int, end: int) -> None:
-        if data[begin:end].strip(b" \t\r\n,\xef\xbb\xbf"):
-            spans.append((begin, end))
+        found = _BETWEEN.search(data, begin, end)
+        if found:
+            spans.append(found.span())
 
     with _mapped(path) as data:
         for token in _TOKEN.finditer(data):

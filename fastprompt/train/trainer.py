@@ -99,6 +99,12 @@ class PromptTrainer(Trainer):
             self.optimizer = cls(groups(self.model, self.config), **options)
         return self.optimizer
 
+    def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Any:
+        """With a loss that has no graph (texts alone, where only visual parts train) made fit for
+        a backward that reaches no parameter."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss if loss.requires_grad else loss + loss.new_zeros((), requires_grad=True)
+
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.tokens += self.about["tokens"]
@@ -123,7 +129,7 @@ class PromptTrainer(Trainer):
         return str(self._staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Written beside, flushed to the disk, renamed: a checkpoint is there whole or not at all."""
+        """Written beside, flushed to disk, then renamed: a checkpoint is whole or not there."""
         step, out = self.state.global_step, Path(self.args.output_dir)
         self._staging = out / f".checkpoint-{step}.partial"
         name = f"checkpoint-{step}"

@@ -1,0 +1,430 @@
+"""Whole runs on a tiny LLaVA: killed and resumed, run again, on bad data, on a full disk."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import conversations
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, TrainerCallback
+
+import fastprompt
+from fastprompt.__main__ import main
+from fastprompt.train import TrainConfig, TrainingError, make_trainer, prepare_data, prepare_model
+from fastprompt.train import rerun as rerun_
+from fastprompt.train import train as train_
+from fastprompt.train.progress import read_metrics
+
+ROOT = Path(__file__).parent.parent
+QUIET = Console(quiet=True)
+
+
+def train(config, **more):
+    return train_(config, console=QUIET, **more)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder with ``model``, ``data.jsonl`` (30 rows) and ``held.jsonl`` (8)."""
+    folder = tmp_path_factory.mktemp("train")
+    conversations.save_llava(folder / "model")
+    for name, count, seed in (("data", 30, 0), ("held", 8, 1)):
+        rows = conversations.rows(folder, count, seed)
+        conversations.write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+def config_of(shared, out, **more):
+    options = dict(
+        model=str(shared / "model"), data=[str(shared / "data.jsonl")], out=str(out), batch_size=4,
+        epochs=2, learning_rate=1e-2, dtype="float32", vision_tokens=3, text_tokens=2, save_every=4,
+        seed=5,
+    )  # fmt: skip
+    return TrainConfig(**(options | more))
+
+
+class At(TrainerCallback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.act()
+
+
+def trained(result):
+    return {n: p.detach().clone() for n, p in fastprompt.patch_of(result.model).trainable.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+KILLED = """
+import os, signal, sys
+import fastprompt.train.trainer as trainer
+from rich.console import Console
+from fastprompt.train import TrainConfig, train
+from test_train import At
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+path, where = sys.argv[1:]
+callbacks = []
+if where.isdecimal():
+    callbacks = [At(int(where), die)]
+else:  # while the checkpoint of step 12 is written: all of it is there, but its name
+    whole = trainer.publish
+    trainer.publish = lambda staged, final: die() if "-12" in final.name else whole(staged, final)
+train(TrainConfig.load(path), resume=True, console=Console(quiet=True), callbacks=callbacks)
+"""
+
+
+def killed(config, tmp_path, where):
+    """Runs ``config`` in a process of its own, which is killed there."""
+    (tmp_path / "c.yaml").write_text(config.as_yaml())
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    env["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    run = [sys.executable, "-c", KILLED, str(tmp_path / "c.yaml"), where]
+    done = subprocess.run(run, env=env, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_killed_twice_and_resumed_is_never_interrupted(shared, tmp_path):
+    held = [str(shared / "held.jsonl")]
+    config = config_of(shared, tmp_path / "a", eval_data=held, accumulate=2, epochs=4)
+    want = train(config)
+    assert len(want.losses) == 16 and sorted(want.evaluations) == [4, 8, 12, 16]
+
+    config = replace(config, out=str(tmp_path / "b"))
+    killed(config, tmp_path, "7")
+    folder = tmp_path / "b"
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert [e["step"] for e in read_metrics(folder / "metrics.jsonl") if "loss" in e][-1] == 6
+    killed(config, tmp_path, "saving")
+    assert sorted(p.name for p in folder.glob("*checkpoint-*")) == [
+        ".checkpoint-12.partial", "checkpoint-4", "checkpoint-8",
+    ]  # fmt: skip
+    result = train(config, resume=True)
+    assert result.losses == want.losses and result.evaluations == want.evaluations
+    assert same(trained(result), trained(want))
+    for name in ("prompts", "best"):
+        assert same(*(load_file(tmp_path / run / name / "prompts.safetensors") for run in "ab"))
+    assert sorted(p.name for p in folder.glob("*checkpoint-*")) == [
+        "checkpoint-12", "checkpoint-16",
+    ]  # fmt: skip
+
+
+VARIANTS = {
+    "end of an epoch": dict(batch_size=5, save_every=6),
+    "packed": dict(pack=True, max_length=160, batch_size=1),
+    "no buckets": dict(bucket=False, order_seed=9),
+    "workers": dict(workers=2),
+    "projector": dict(method="projector"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_interrupted_and_resumed(name, shared, tmp_path):
+    config = config_of(shared, tmp_path / "a", **VARIANTS[name])
+    want = train(config)
+    config = replace(config, out=str(tmp_path / "b"))
+    kill = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    result = train(config, callbacks=[kill])
+    assert result.interrupted and max(result.losses) == 6
+    assert (tmp_path / "b" / "checkpoint-6").is_dir() and not (tmp_path / "b" / "prompts").exists()
+    result = train(config, resume=True)
+    assert not result.interrupted and result.losses == want.losses
+    assert same(trained(result), trained(want))
+
+
+def test_resuming_wants_the_same_run(shared, tmp_path, capsys):
+    config = config_of(shared, tmp_path / "a", max_steps=4)
+    data = tmp_path / "d.jsonl"
+    data.write_text((shared / "data.jsonl").read_text())
+    config = replace(config, data=(str(data),), image_folder=str(shared))
+    train(config, resume=True)  # nothing is there yet: from the beginning
+    with pytest.raises(TrainingError, match="holds a run: go on with --resume"):
+        train(config)
+    with pytest.raises(TrainingError, match=r"learning_rate: 0.01, now 0.5"):
+        train(replace(config, learning_rate=0.5), resume=True)
+    # from the command line the options are the run's own
+    assert main(["train", "--out", config.out, "--resume"]) == 0
+    assert "resuming from checkpoint-4" in capsys.readouterr().out
+    assert main(["train", "--out", config.out, "--resume", "--seed", "6"]) == 1
+    assert "seed: 5, now 6" in capsys.readouterr().out
+    data.write_text(data.read_text().replace("red", "blue"))
+    with pytest.raises(TrainingError, match="the data is no longer what it was"):
+        train(config, resume=True)
+
+
+def test_rerun(shared, tmp_path, capsys):
+    config = config_of(shared, tmp_path / "a", hold_out=6, subset=0.5, init_seed=1, max_steps=5)
+    want = train(config)
+    assert main(["rerun", str(tmp_path / "a")]) == 0
+    assert "losses of 5 steps: the same" in capsys.readouterr().out
+    run = json.loads((tmp_path / "a-rerun" / "run.json").read_text())
+    assert run["seeds"] == dict(init=1, order=5, subset=5) and run["versions"]["torch"]
+    assert run["data"] == json.loads((tmp_path / "a" / "run.json").read_text())["data"]
+
+    # each seed matters, apart from the others
+    for name in ("init_seed", "order_seed", "subset_seed"):
+        other = train(replace(config, out=str(tmp_path / name), **{name: 7}))
+        assert other.losses != want.losses
+    # a loss that is not the same is named
+    path = tmp_path / "a" / "metrics.jsonl"
+    entries = read_metrics(path)
+    entries[2]["loss"] += 1e-6
+    path.write_text("".join(json.dumps(e) + "\n" for e in entries))
+    _, differences = rerun_(tmp_path / "a", tmp_path / "c", QUIET)
+    assert [d[:15] for d in differences] == ["loss of step 3:"]
+    with pytest.raises(TrainingError, match=r"want a run's folder, with run\.json in it"):
+        rerun_(tmp_path, console=QUIET)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(shared, tmp_path, monkeypatch):
+    config = config_of(shared, tmp_path / "a", max_steps=12)
+    want = train(config)
+
+    def full(state, path):
+        if "checkpoint-8" in str(path):
+            Path(path).write_bytes(b"half of i")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(state, path)
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", full)
+    config = replace(config, out=str(tmp_path / "b"))
+    message = r"step 8: its checkpoint could not be written: .*No space left[\s\S]*checkpoint-4"
+    with pytest.raises(TrainingError, match=message):
+        train(config)
+    left = sorted(p.name for p in (tmp_path / "b").iterdir())
+    assert left == ["checkpoint-4", "config.yaml", "metrics.jsonl", "run.json"]
+    monkeypatch.undo()
+    result = train(config, resume=True)
+    assert result.losses == want.losses and same(trained(result), trained(want))
+
+
+def test_the_best_by_a_held_out_metric_is_kept(shared, tmp_path):
+    found = {}
+    for metric in ("loss", "accuracy"):
+        config = config_of(
+            shared, tmp_path / metric, eval_data=[str(shared / "held.jsonl")], eval_every=2,
+            epochs=4, learning_rate=5e-2, best_metric=metric, keep=1, save_every=5,
+        )  # fmt: skip
+        result = train(config)
+        values = {step: e[metric] for step, e in result.evaluations.items()}
+        pick = min if metric == "loss" else max
+        best = pick(values, key=lambda step: (values[step], step if metric == "loss" else -step))
+        said = json.loads((tmp_path / metric / "best" / "metric.json").read_text())
+        assert said == dict(metric=metric, value=values[best], step=best)
+        checkpoints = {p.name for p in (tmp_path / metric).glob("checkpoint-*")}
+        assert checkpoints == {"checkpoint-32"}
+        found[metric] = best
+    assert found["loss"] not in (2, 32)  # it is neither the first nor the last
+    # and is what gave that metric
+    config = replace(config, out=str(tmp_path / "c"), best_metric="loss")
+    data = prepare_data(config, QUIET)
+    patch = prepare_model(config, data.processor)
+    fastprompt.load(patch.model, tmp_path / "loss" / "best")
+    metrics = make_trainer(config, data, patch).evaluate()
+    said = json.loads((tmp_path / "loss" / "best" / "metric.json").read_text())
+    assert metrics["eval_loss"] == pytest.approx(said["value"], rel=1e-6)
+
+
+def test_held_out_loss_and_accuracy_are_of_rows(shared, tmp_path):
+    """Against one row at a time, whatever the batches."""
+    config = config_of(shared, tmp_path, eval_data=[str(shared / "held.jsonl")], batch_size=3)
+    data = prepare_data(config, QUIET)
+    patch = prepare_model(config, data.processor)
+    trainer = make_trainer(config, data, patch)
+    metrics = trainer.evaluate()
+    losses, right = [], []
+    for i in range(len(data.held_out)):
+        batch = trainer.data_collator([trainer.eval_dataset[i]])
+        labels = batch.pop("labels")[0, 1:]
+        del batch["about"]
+        with torch.no_grad():
+            logits = patch.model.eval()(**batch).logits[0, :-1].double()
+        due = labels != -100
+        losses += torch.nn.functional.cross_entropy(
+            logits[due], labels[due], reduction="none"
+        ).tolist()
+        right.append(bool((logits.argmax(-1) == labels)[due].all()))
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert metrics["eval_accuracy"] == sum(right) / len(right)
+
+
+def test_groups_have_their_own_learning_rate(shared, tmp_path):
+    config = config_of(
+        shared, tmp_path, projector_lr=0.0, head_lr=3e-3, train_lm_head=True, warmup=0, max_steps=1
+    )
+    data = prepare_data(config, QUIET)
+    patch = prepare_model(config, data.processor)
+    before = {n: p.detach().clone() for n, p in patch.trainable.items()}
+    trainer = make_trainer(config, data, patch)
+    trainer.train()
+    rates = [(g["initial_lr"], len(g["params"])) for g in trainer.optimizer.param_groups]
+    assert rates == [(1e-2, 5), (0.0, 4), (3e-3, 1)]
+    for name, p in patch.trainable.items():
+        moved = (p - before[name]).abs().max()
+        # Adam's first step is the learning rate itself
+        rate = 1e-2 if "tokens" in name else 0 if "projector" in name else 3e-3
+        assert moved <= rate * 1.01 and (rate == 0) == (moved == 0), name
+
+
+METHODS = {
+    "m2pt": {"vision", "language", "projector"},
+    "vpt": {"vision"},
+    "text": {"language"},
+    "projector": {"projector"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_train_what_they_name(method, shared, tmp_path):
+    config = config_of(shared, tmp_path, method=method)
+    patch = prepare_model(config, prepare_data(config, QUIET).processor)
+    parts = {w for w in METHODS["m2pt"] for name in patch.trainable if f".{w}" in f".{name}"}
+    parts |= {"projector"} if any("multi_modal_projector" in n for n in patch.trainable) else set()
+    assert parts == METHODS[method]
+
+
+def test_an_unknown_method_is_named(shared, tmp_path):
+    config = config_of(shared, tmp_path, method="lorra")
+    with pytest.raises(TrainingError, match="want one of m2pt, vpt, text, projector; got 'lorra'"):
+        train(config)
+
+
+def test_stage_1_speaks_plainly(shared, tmp_path):
+    config = config_of(shared, tmp_path, method="projector")
+    assert prepare_data(config, QUIET).template.name == "plain"
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_four_bit(shared, tmp_path):
+    config = config_of(shared, tmp_path / "a", four_bit=True, max_steps=3, memory="low")
+    result = train(config)
+    model = result.model
+    assert model.model.language_model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    dense = AutoModelForImageTextToText.from_pretrained(config.model)
+    exact = dense.model.multi_modal_projector.linear_2.bias  # the projector began as it was
+    moved = (model.model.multi_modal_projector.linear_2.bias - exact).abs().max()
+    assert 0 < moved < 0.05
+    prepare = prepare_model(replace(config, out="b"), prepare_data(config, QUIET).processor)
+    fastprompt.load(prepare.model, tmp_path / "a" / "prompts")
+    assert same({n: p.detach() for n, p in prepare.trainable.items()}, trained(result))
+
+
+def test_a_loss_that_is_none_is_fatal_or_skipped(shared, tmp_path):
+    config = config_of(shared, tmp_path / "a", max_steps=6)
+
+    def spoil(patch):
+        """The 3rd step computes with infinities."""
+        calls = []
+
+        def hook(module, given):
+            calls.append(1)
+            return (torch.full_like(given[0], torch.inf),) if len(calls) == 3 else None
+
+        patch.model.model.language_model.norm.register_forward_pre_hook(hook)
+
+    def run(on_nan):
+        settings = replace(config, on_nan=on_nan)
+        data = prepare_data(settings, QUIET)
+        patch = prepare_model(settings, data.processor)
+        spoil(patch)
+        seen = []
+        watch = At(2, lambda: seen.append({n: p.clone() for n, p in patch.trainable.items()}))
+        trainer = make_trainer(settings, data, patch, [watch])
+        return trainer, patch, seen
+
+    trainer, patch, seen = run("fatal")
+    with pytest.raises(TrainingError, match=r"step 3: the loss is nan; rows .*row-0-\d+ \(.*:\d+"):
+        trainer.train()
+    assert same(seen[0], {n: p.detach() for n, p in patch.trainable.items()})
+    assert trainer.state.global_step == 2
+
+    trainer, patch, seen = run("skip")
+    after = At(3, lambda: seen.append({n: p.clone() for n, p in patch.trainable.items()}))
+    trainer.add_callback(after)
+    trainer.train()
+    assert same(*seen) and trainer.state.global_step == 6
+    assert [s[:7] for s in trainer.skipped] == ["step 3:"]
+    assert all(p.isfinite().all() for p in patch.trainable.values())
+
+
+def test_images_that_break_while_training(shared, tmp_path):
+    folder = tmp_path / "d"
+    rows = conversations.rows(folder, 12)
+    path = conversations.write_jsonl(folder / "d.jsonl", rows)
+    config = config_of(shared, tmp_path / "a", data=[str(path)], max_steps=6, batch_size=2)
+
+    def break_it():
+        for row in rows[:2]:
+            (folder / row["image"]).unlink()
+
+    result = train(config, callbacks=[At(1, break_it)])
+    assert len(result.losses) == 6 and len(result.problems) in (1, 2)
+    listed = (tmp_path / "a" / "bad_rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in listed] == ["missing image"] * len(listed)
+    assert len(listed) == len(result.problems)
+
+    conversations.rows(folder, 12)
+    config = replace(config, out=str(tmp_path / "b"), on_bad_row="fatal")
+    with pytest.raises(TrainingError, match=r"bad row: .*d\.jsonl:\d: missing image"):
+        train(config, callbacks=[At(1, break_it)])
+
+
+def test_bad_rows_are_left_out_and_listed(shared, tmp_path, capsys):
+    rows = conversations.rows(tmp_path, 8)
+    rows[3]["conversations"].pop()
+    path = conversations.write_jsonl(tmp_path / "d.jsonl", rows)
+    config = config_of(shared, tmp_path / "a", data=[str(path)], max_steps=2)
+    (tmp_path / "c.yaml").write_text(config.as_yaml())
+    assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "bad rows, left out: 1" in said and f"{path}:4 (id row-0-3): the conversation" in said
+    assert main(["inspect-data", "--config", str(tmp_path / "c.yaml"), "--count", "2"]) == 1
+    said = capsys.readouterr().out
+    assert "⟦" in said and "row-0-1" in said and "row-0-2" not in said and "no answer" in said
+    options = ["--config", str(tmp_path / "c.yaml"), "--on-bad-row", "fatal", "--out", "x"]
+    assert main(["train", *options]) == 1
+    assert "error: bad row" in capsys.readouterr().out
+
+
+def test_dry_run_writes_nothing(shared, tmp_path, capsys):
+    config = config_of(shared, tmp_path / "a", hold_out=5)
+    (tmp_path / "c.yaml").write_text(config.as_yaml())
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    patch = prepare_model(config, None)
+    count = sum(p.numel() for p in patch.trainable.values())
+    assert f"({count:,} of" in said and "25 train, 5 held out" in said
+    assert "steps    14 of 4 × 1 rows" in said  # 2 epochs of 7 batches
+    assert "<image>×4" in said and "<|im_end|>⟧" in said and "kept by blocks" in said
+    assert not (tmp_path / "a").exists()
+
+
+def test_steps_of_a_dry_run_are_the_trainers(shared, tmp_path):
+    from fastprompt.train.showing import steps
+
+    for more in (dict(accumulate=3), dict(epochs=1.5), dict(batch_size=7), dict(max_steps=3)):
+        config = config_of(shared, tmp_path / "a", save_every=0, **more)
+        data = prepare_data(config, QUIET)
+        trainer = make_trainer(config, data, prepare_model(config, data.processor))
+        count = steps(trainer)
+        trainer.train()
+        assert trainer.state.global_step == count, more
