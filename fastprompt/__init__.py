@@ -6,6 +6,7 @@ from fastprompt.checkpoint import load, read_card, save
 from fastprompt.doctor import report
 from fastprompt.families import supported
 from fastprompt.patching import Patch, patch, patch_of
+from fastprompt.prefix_cache import prefix_cache
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ops",
     "patch",
     "patch_of",
+    "prefix_cache",
     "read_card",
     "report",
     "save",

@@ -9,6 +9,7 @@ COMMANDS = {
     "doctor": ("fastprompt.doctor:command", "what is active on this machine, and does it work"),
     "train": ("fastprompt.train.commands:train", "train prompts on conversations about images"),
     "rerun": ("fastprompt.train.commands:rerun", "run a run again: are the losses the same"),
+    "eval": ("fastprompt.eval.run:main", "a model's scores on benchmarks"),
     "inspect-data": (
         "fastprompt.train.commands:inspect_data",
         "show rows, what trains marked",
