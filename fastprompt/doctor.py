@@ -1,5 +1,6 @@
 """What of fastprompt is active on this machine, and whether it works: ``fastprompt doctor``."""
 
+import argparse
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -17,6 +18,15 @@ from fastprompt.ops.select_prompts import chosen_backend as selection_backend
 
 PACKAGES = ("torch", "transformers", "triton", "bitsandbytes", "accelerate")
 EXTRAS = ("open_clip_torch", "timm", "xformers", "liger-kernel")
+
+
+def command(arguments: list[str]) -> int:
+    """``fastprompt doctor``: 1 if something is wrong."""
+    description = "What is active on this machine, and whether it works."
+    argparse.ArgumentParser("fastprompt doctor", description=description).parse_args(arguments)
+    text, well = examine()
+    print(text)
+    return 0 if well else 1
 
 
 def report() -> str:

@@ -1,0 +1,138 @@
+"""A run's folder: what it was given and what it ran on, so that it can be resumed and rerun.
+
+config.yaml    every option, resolved
+run.json       command, commit, versions, machine, threads, seeds, hash of the data
+metrics.jsonl  losses, learning rates, evaluations
+bad_rows.jsonl rows that were left out, each with its reason
+checkpoint-N/  the last ones; best/ and prompts/: what trained, for `fastprompt.load`
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastprompt.files import replace
+from fastprompt.train.checking import TrainingError
+from fastprompt.train.config import TrainConfig
+
+CONFIG, RUN, BAD_ROWS, PROMPTS = "config.yaml", "run.json", "bad_rows.jsonl", "prompts"
+_PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "triton", "pillow")
+
+
+def facts(config: TrainConfig, digests: dict[str, str], command: list[str]) -> dict[str, Any]:
+    """What run.json holds. ``digests``: "train" and "held_out" -> hash of the data."""
+    from fastprompt import __version__
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": command,
+        "commit": _commit(),
+        "versions": {
+            "fastprompt": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "machine": {"cpu": platform.processor() or platform.machine(), "card": card},
+        "threads": torch.get_num_threads(),
+        "seeds": config.seeds,
+        "data": digests,
+    }
+
+
+def begin(folder: Path, config: TrainConfig, found: dict[str, Any]) -> None:
+    """Write config.yaml and run.json of a new run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(folder / CONFIG, lambda part: part.write_text(config.as_yaml(), encoding="utf-8"))
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    replace(folder / RUN, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def holds_run(folder: Path) -> bool:
+    return (folder / RUN).is_file()
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json; raises TrainingError if the folder holds no run."""
+    if not holds_run(folder):
+        raise TrainingError(f"{folder}: want a run's folder, with {RUN} in it")
+    return json.loads((folder / RUN).read_text(encoding="utf-8"))
+
+
+def check_new(folder: Path) -> None:
+    """Raises TrainingError if a run is there already."""
+    if holds_run(folder):
+        raise TrainingError(f"{folder} holds a run: go on with --resume, or give another --out")
+
+
+def check_same(folder: Path, config: TrainConfig) -> None:
+    """Raises TrainingError unless the run in ``folder`` has the same options."""
+    old, new = asdict(TrainConfig.load(folder / CONFIG)), asdict(config)
+    other = [f"{n}: {old[n]!r}, now {new[n]!r}" for n in new if n != "out" and new[n] != old[n]]
+    if other:
+        raise TrainingError(f"{folder}: to resume, want the run's own options; " + "; ".join(other))
+
+
+def check_data(folder: Path, digests: dict[str, str]) -> None:
+    """Raises TrainingError unless the run in ``folder`` had the same data."""
+    had = read_run(folder)["data"]
+    if had != digests:
+        raise TrainingError(
+            f"{folder}: the data is no longer what it was (hash {_short(had)}, now "
+            f"{_short(digests)}): losses would not be the same"
+        )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint. What a killed run was writing is removed."""
+    for part in folder.glob(".checkpoint-*.partial"):
+        shutil.rmtree(part, ignore_errors=True)
+    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdecimal()]
+    return max(found, key=lambda p: int(p.name.split("-")[-1]), default=None)
+
+
+def changed_versions(folder: Path) -> list[str]:
+    """What of versions and threads differs from when the run began, in words."""
+    had = read_run(folder)
+    now = facts(TrainConfig.load(folder / CONFIG), {}, [])
+    pairs = [(name, old, now["versions"].get(name)) for name, old in had["versions"].items()]
+    pairs += [("commit", had["commit"], now["commit"])]
+    return [f"{name} {old}, now {new}" for name, old, new in pairs if old != new]
+
+
+def command_line() -> list[str]:
+    return ["fastprompt", *sys.argv[1:]]
+
+
+def _short(digests: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value[:12]}" for name, value in digests.items())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout that fastprompt runs from; "+" if it has changes; None outside of one."""
+    import fastprompt
+
+    root = Path(fastprompt.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    run = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,268 @@
+"""transformers' Trainer for a patched model: exact to resume, and never half a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from fastprompt.patching import patch_of
+from fastprompt.train.batches import ABOUT, Collator, Examples, Order
+from fastprompt.train.checking import Problems, TrainingError
+from fastprompt.train.config import TrainConfig
+from fastprompt.train.templates import IGNORE
+from fastprompt.trainer import TOKENS
+
+
+class PromptTrainer(Trainer):
+    """Trains what a patch names, as a `TrainConfig` says.
+
+    Args:
+        model: patched (`fastprompt.patch`), dense or 4-bit.
+        config: everything but the data.
+        train, held_out: the rows; those held out are not packed.
+        pad_id: the token that fills rows up.
+        problems: rows that turn out bad while training are added here.
+
+    Attributes:
+        tokens: seen by this process, padding left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        train: Examples,
+        held_out: Examples | None = None,
+        *,
+        pad_id: int = 0,
+        problems: Problems | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.config = config
+        self.problems = (
+            Problems(fatal=config.on_bad_row == "fatal") if problems is None else problems
+        )
+        self.tokens, self.about = 0, {}
+        self.step_rows: list[str] = []  # of the step that is being computed
+        self.spoiled = ""  # what of it is not finite
+        self.skipped: list[str] = []  # steps whose loss or gradient was not finite
+        self._staging: Path | None = None
+        super().__init__(
+            model=model,
+            args=arguments(config),
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=Collator(pad_id),
+            compute_metrics=_metrics,
+            callbacks=[GuardSteps(self), *(callbacks or [])],
+        )
+
+    def steps(self) -> int:
+        """How many steps `train` takes from the beginning."""
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    # ---- batches ----
+
+    def _get_train_sampler(self, train_dataset: Examples | None = None) -> Order:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        config = self.config
+        return Order(data.lengths, config.batch_size, config.seeds["order"], config.bucket)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """At least 1: where all rows of a step turn out bad its loss is 0, not 0/0."""
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        return count.clamp(min=1) if isinstance(count, Tensor) else count
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.about = inputs.pop(ABOUT)
+        for problem in self.about["problems"]:
+            self.problems.add(problem)
+        return {**super()._prepare_inputs(inputs), "use_cache": False}
+
+    # ---- steps ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = cls(groups(self.model, self.config), **options)
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Any:
+        """With a loss that has no graph (texts alone, where only visual parts train) made fit for
+        a backward that reaches no parameter."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss if loss.requires_grad else loss + loss.new_zeros((), requires_grad=True)
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.tokens += self.about["tokens"]
+        self.step_rows += self.about["rows"]
+        if not torch.isfinite(loss):
+            self.spoiled = f"the loss is {loss.item()}"
+        return loss
+
+    # ---- evaluation ----
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """No loss (a mean of means would be wrong); [B, 3] of each row: see `_scores`."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits
+        scores = _scores(logits, labels)
+        return None, scores, scores.new_zeros(len(scores))
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Written beside, flushed to disk, then renamed: a checkpoint is whole or not there."""
+        step, out = self.state.global_step, Path(self.args.output_dir)
+        self._staging = out / f".checkpoint-{step}.partial"
+        name = f"checkpoint-{step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(self._staging / name, out / name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            left = sorted(p.name for p in out.glob("checkpoint-*"))
+            raise TrainingError(
+                f"step {step}: its checkpoint could not be written: {error}\n"
+                f"whole ones in {out}: {', '.join(left) or 'none'}"
+            ) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        if self.args.should_save:
+            rotate_checkpoints(str(out), save_total_limit=self.config.keep)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Flush a folder's files to the disk, then rename it into place."""
+    for path in [*staged.rglob("*"), staged]:
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)  # of the same step, if it is saved twice
+    os.replace(staged, final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def arguments(config: TrainConfig) -> TrainingArguments:
+    """What Trainer is to do of a `TrainConfig`; the rest is done here."""
+    schedules = dict(cosine="cosine", linear="linear", constant="constant_with_warmup")
+    evaluated = config.eval_every or config.save_every
+    return TrainingArguments(
+        output_dir=config.out,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        warmup_steps=config.warmup,
+        lr_scheduler_type=schedules[config.schedule],
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is none is written as none
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 1,
+        eval_strategy="steps" if config.evaluates and evaluated else "no",
+        eval_steps=evaluated or None,
+        seed=config.seed,
+        dataloader_num_workers=config.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to=["tensorboard"] if config.tensorboard else [],
+    )
+
+
+def groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """The optimiser's groups: prompts, the projector and heads, each with its learning rate."""
+    rates = {
+        "prompts": config.learning_rate,
+        "projector": config.projector_lr,
+        "head": config.head_lr,
+    }
+    done = patch_of(model)
+    projector = done.anatomy.parts.get("projector")
+    found: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    for name, p in done.trainable.items():
+        if name.endswith(TOKENS):
+            found["prompts"].append(p)
+        else:
+            found["projector" if projector and name.startswith(projector) else "head"].append(p)
+    default = dict(weight_decay=config.weight_decay)
+    return [
+        dict(default, params=params, lr=config.learning_rate if rate is None else rate)
+        for params, rate in zip(found.values(), rates.values(), strict=True)
+        if params
+    ]
+
+
+class GuardSteps(TrainerCallback):
+    """A loss or a gradient that is not finite changes no parameter: it ends the run, or its step
+    is left out (the schedule goes on)."""
+
+    def __init__(self, trainer: PromptTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        trainer, reason = self.trainer, self.trainer.spoiled
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if not reason and grads and not torch.isfinite(nn.utils.get_total_norm(grads)):
+            reason = "the gradient is not finite"
+        rows, trainer.step_rows, trainer.spoiled = trainer.step_rows, [], ""
+        if not reason:
+            return
+        message = f"step {state.global_step + 1}: {reason}; its rows: {', '.join(rows)}"
+        if trainer.config.on_nan == "fatal":
+            raise TrainingError(f"{message}\n--on-nan skip leaves such steps out")
+        trainer.skipped.append(message)
+        for p in model.parameters():
+            p.grad = None  # AdamW passes over what has none
+
+
+def _scores(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B, 3] float64: of each row the loss summed, its tokens, whether each would be the first
+    choice (then a greedy answer is exact)."""
+    due = labels[:, 1:] != IGNORE
+    found, wanted = logits[:, :-1][due].float(), labels[:, 1:][due]
+    owner = due.nonzero()[:, 0]
+    scores = torch.zeros(len(labels), 3, dtype=torch.float64, device=logits.device)
+    losses = F.cross_entropy(found, wanted, reduction="none").double()
+    wrong = (found.argmax(-1) != wanted).double()
+    per_row = torch.stack([losses, torch.ones_like(losses), wrong], dim=1)
+    scores.index_add_(0, owner, per_row)
+    scores[:, 2] = (scores[:, 1] > 0) & (scores[:, 2] == 0)
+    return scores
+
+
+def _metrics(prediction: Any) -> dict[str, float]:
+    """ "loss": mean over held-out answer tokens; "accuracy": share of rows answered exactly."""
+    loss, tokens, right = torch.as_tensor(prediction.predictions).T
+    rows = (tokens > 0).sum().clamp(min=1)
+    return {"loss": (loss.sum() / tokens.sum()).item(), "accuracy": (right.sum() / rows).item()}
