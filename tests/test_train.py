@@ -237,7 +237,7 @@ def test_the_best_by_a_held_out_metric_is_kept(shared, tmp_path):
     # and is what gave that metric
     config = replace(config, out=str(tmp_path / "c"), best_metric="loss")
     data = prepare_data(config, QUIET)
-    patch = prepare_model(config, data.processor)
+    patch = prepare_model(config)
     fastprompt.load(patch.model, tmp_path / "loss" / "best")
     metrics = make_trainer(config, data, patch).evaluate()
     said = json.loads((tmp_path / "loss" / "best" / "metric.json").read_text())
@@ -248,7 +248,7 @@ def test_held_out_loss_and_accuracy_are_of_rows(shared, tmp_path):
     """Against one row at a time, whatever the batches."""
     config = config_of(shared, tmp_path, eval_data=[str(shared / "held.jsonl")], batch_size=3)
     data = prepare_data(config, QUIET)
-    patch = prepare_model(config, data.processor)
+    patch = prepare_model(config)
     trainer = make_trainer(config, data, patch)
     metrics = trainer.evaluate()
     losses, right = [], []
@@ -272,7 +272,7 @@ def test_groups_have_their_own_learning_rate(shared, tmp_path):
         shared, tmp_path, projector_lr=0.0, head_lr=3e-3, train_lm_head=True, warmup=0, max_steps=1
     )
     data = prepare_data(config, QUIET)
-    patch = prepare_model(config, data.processor)
+    patch = prepare_model(config)
     before = {n: p.detach().clone() for n, p in patch.trainable.items()}
     trainer = make_trainer(config, data, patch)
     trainer.train()
@@ -296,7 +296,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_train_what_they_name(method, shared, tmp_path):
     config = config_of(shared, tmp_path, method=method)
-    patch = prepare_model(config, prepare_data(config, QUIET).processor)
+    patch = prepare_model(config)
     parts = {w for w in METHODS["m2pt"] for name in patch.trainable if f".{w}" in f".{name}"}
     parts |= {"projector"} if any("multi_modal_projector" in n for n in patch.trainable) else set()
     assert parts == METHODS[method]
@@ -323,7 +323,7 @@ def test_four_bit(shared, tmp_path):
     exact = dense.model.multi_modal_projector.linear_2.bias  # the projector began as it was
     moved = (model.model.multi_modal_projector.linear_2.bias - exact).abs().max()
     assert 0 < moved < 0.05
-    prepare = prepare_model(replace(config, out="b"), prepare_data(config, QUIET).processor)
+    prepare = prepare_model(replace(config, out="b"))
     fastprompt.load(prepare.model, tmp_path / "a" / "prompts")
     assert same({n: p.detach() for n, p in prepare.trainable.items()}, trained(result))
 
@@ -344,7 +344,7 @@ def test_a_loss_that_is_none_is_fatal_or_skipped(shared, tmp_path):
     def run(on_nan):
         settings = replace(config, on_nan=on_nan)
         data = prepare_data(settings, QUIET)
-        patch = prepare_model(settings, data.processor)
+        patch = prepare_model(settings)
         spoil(patch)
         seen = []
         watch = At(2, lambda: seen.append({n: p.clone() for n, p in patch.trainable.items()}))
@@ -410,21 +410,19 @@ def test_dry_run_writes_nothing(shared, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(config.as_yaml())
     assert main(["train", "--config", str(tmp_path / "c.yaml"), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    patch = prepare_model(config, None)
+    patch = prepare_model(config)
     count = sum(p.numel() for p in patch.trainable.values())
-    assert f"({count:,} of" in said and "25 train, 5 held out" in said
+    assert f"trains  {count:,} of" in said and "25 train, 5 held out" in said
     assert "steps    14 of 4 × 1 rows" in said  # 2 epochs of 7 batches
     assert "<image>×4" in said and "<|im_end|>⟧" in said and "kept by blocks" in said
     assert not (tmp_path / "a").exists()
 
 
 def test_steps_of_a_dry_run_are_the_trainers(shared, tmp_path):
-    from fastprompt.train.showing import steps
-
     for more in (dict(accumulate=3), dict(epochs=1.5), dict(batch_size=7), dict(max_steps=3)):
         config = config_of(shared, tmp_path / "a", save_every=0, **more)
         data = prepare_data(config, QUIET)
-        trainer = make_trainer(config, data, prepare_model(config, data.processor))
-        count = steps(trainer)
+        trainer = make_trainer(config, data, prepare_model(config))
+        count = trainer.steps()
         trainer.train()
         assert trainer.state.global_step == count, more

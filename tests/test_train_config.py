@@ -50,7 +50,7 @@ def test_each_option_is_on_the_command_line():
     [
         (dict(learnin_rate=1), "unknown option 'learnin_rate'; did you mean 'learning_rate'"),
         (dict(zzzz=1), "unknown option 'zzzz'; there are model"),
-        (dict(dtype="int8"), "dtype: want one of bfloat16, float16, float32; got 'int8'"),
+        (dict(dtype="int8"), "dtype: want one of bfloat16, float32; got 'int8'"),
         (dict(batch_size=0), "batch_size: want 1 or more, got 0"),
         (dict(batch_size=2.5), "batch_size: want a whole number, got 2.5"),
         (dict(batch_size=True), "batch_size: want a whole number, got True"),

@@ -29,7 +29,9 @@ def train(arguments: list[str]) -> int:
             _dry_run(config, console)
             return 0
         result = run.train(config, resume=given.resume, console=console)
-    except ValueError as error:
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
         return _failed(console, error)
     _report(result, console)
     return 130 if result.interrupted else 0
@@ -46,7 +48,7 @@ def rerun(arguments: list[str]) -> int:
     console = Console(soft_wrap=True)
     try:
         result, differences = run.rerun(given.folder, given.out, console)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return _failed(console, error)
     for difference in differences:
         _say(console, f"differs: {difference}")
@@ -63,7 +65,7 @@ def inspect_data(arguments: list[str]) -> int:
     console = Console(soft_wrap=True)
     try:
         data = run.prepare_data(_config(given, out=""), console)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return _failed(console, error)
     for i in data.train.indices[: given.count]:
         row = data.train.rows[i]
@@ -116,8 +118,8 @@ def _dry_run(config: TrainConfig, console: Console) -> None:
 
 
 def _plan(config: TrainConfig, console: Console) -> None:
-    data = run.prepare_data(config, console)
-    patch = run.prepare_model(config, data.processor)
+    patch = run.prepare_model(config)
+    data = run.prepare_data(config, console, patch)
     trainer = run.make_trainer(config, data, patch)
     _say(console, showing.plan(trainer, patch, config))
     batch = next(iter(trainer.get_train_dataloader()))
@@ -145,7 +147,7 @@ def _report(result: run.Result, console: Console) -> None:
     _say(console, f'wrote {prompts}: fastprompt.load(model, "{prompts}")')
 
 
-def _failed(console: Console, error: ValueError) -> int:
+def _failed(console: Console, error: Exception) -> int:
     _say(console, f"error: {error}")
     return 1 if isinstance(error, TrainingError) else 2
 

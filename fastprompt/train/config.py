@@ -51,7 +51,7 @@ class TrainConfig:
     projector: str | None = _option(None, "start from this projector: stage 1, or mm_projector.bin")
 
     four_bit: bool = _option(False, "load the frozen backbone in NF4")
-    dtype: str = _option("bfloat16", "of the backbone", ("bfloat16", "float16", "float32"))
+    dtype: str = _option("bfloat16", "of the backbone", ("bfloat16", "float32"))
     memory: str = _option("auto", "what frozen blocks keep for backward", MEMORIES)
 
     epochs: float = _option(3.0, "passes over the data")

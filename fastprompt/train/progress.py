@@ -7,6 +7,7 @@ import math
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ class StopOnSignal(TrainerCallback):
         self.say, self.asked, self.before = say, False, {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets the main one alone take signals
         for number in (signal.SIGINT, signal.SIGTERM):
             self.before[number] = signal.signal(number, self._ask)
 
@@ -153,9 +156,6 @@ class Bar(TrainerCallback):
         elif time.monotonic() - self.told > _LINE_EVERY or state.global_step == state.max_steps:
             self.told = time.monotonic()
             self._print(f"step {state.global_step}/{state.max_steps}  {text}")
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        self._print(f"step {state.global_step}/{state.max_steps}  checkpoint written")
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,8 +23,10 @@ from transformers import (
 from transformers.utils import logging
 
 import fastprompt
+from fastprompt.families import TEXT
 from fastprompt.methods import M2PT, Method
 from fastprompt.patching import Patch
+from fastprompt.reporting import count
 from fastprompt.train import run_folder
 from fastprompt.train.batches import Examples, pack
 from fastprompt.train.checking import Checked, Problems, Rows, TrainingError, check, choose
@@ -35,8 +38,9 @@ from fastprompt.train.trainer import PromptTrainer
 
 def _m2pt(config: TrainConfig) -> Method:
     return M2PT(
-        config.vision_tokens, config.text_tokens, config.train_projector, config.train_lm_head,
-        config.visual_prompts,
+        vision_tokens=config.vision_tokens, text_tokens=config.text_tokens,
+        train_projector=config.train_projector, train_lm_head=config.train_lm_head,
+        visual_prompts=config.visual_prompts,
     )  # fmt: skip
 
 
@@ -46,6 +50,10 @@ METHODS: dict[str, Callable[[TrainConfig], Method]] = {
     "text": lambda config: M2PT(0, config.text_tokens, train_projector=False),
     "projector": lambda config: M2PT(0, 0),
 }
+
+
+# where attention keeps packed conversations apart, as tested
+PACKED = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass
@@ -124,35 +132,36 @@ def train(
         torch.set_num_threads(run_folder.read_run(folder)["threads"])  # sums depend on it
     else:
         run_folder.check_new(folder)
-    data = prepare_data(config, console)
+    patch = prepare_model(config)
+    data = prepare_data(config, console, patch)
     if resumes:
         run_folder.check_data(folder, data.digests)
-    return _run(config, data, resumes, console, callbacks or [])
+    return _run(config, patch, data, resumes, console, callbacks or [])
 
 
 def _run(
     config: TrainConfig,
+    patch: Patch,
     data: Data,
     resumes: bool,
     console: Console,
     callbacks: list[TrainerCallback],
 ) -> Result:
     folder = Path(config.out)
-    patch = prepare_model(config, data.processor)
     if not resumes:
         found = run_folder.facts(config, data.digests, run_folder.command_line())
         run_folder.begin(folder, config, found)
     start = run_folder.last_checkpoint(folder)
-    if resumes:
-        at = start.name if start else "the beginning: there is no checkpoint yet"
-        console.print(f"resuming from {at}", highlight=False)
-
     stop, bar = StopOnSignal(console.print), Bar(console)
     own: list[TrainerCallback] = [stop]
     if int(os.environ.get("RANK", 0)) == 0:
         own += [Metrics(folder), bar, KeepBest(folder, config.best_metric)]
     trainer = make_trainer(config, data, patch, [*own, *callbacks])
     bar.trainer = trainer
+    console.print(_headline(trainer, data, patch), highlight=False, markup=False)
+    if resumes:
+        at = start.name if start else "the beginning: there is no checkpoint yet"
+        console.print(f"resuming from {at}", highlight=False)
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     finally:
@@ -177,8 +186,27 @@ def _run(
     )
 
 
-def prepare_data(config: TrainConfig, console: Console | None = None) -> Data:
-    """Look at every row, and choose those that train and those that are held out."""
+def _headline(trainer: PromptTrainer, data: Data, patch: Patch) -> str:
+    """What is about to be trained, in two lines."""
+    config, share = trainer.config, sum(p.numel() for p in patch.trainable.values())
+    held = "" if data.held_out is None else f", {len(data.held_out):,} held out"
+    left = f", {len(data.problems):,} bad ones left out" if data.problems else ""
+    return (
+        f"{patch.method}: {share:,} parameters train ({100 * share / count(patch.model):.3f}%)\n"
+        f"{len(data.train):,} rows{held}{left}; {trainer.steps():,} steps of "
+        f"{config.batch_size * config.accumulate} rows; writing to {config.out}"
+    )
+
+
+def prepare_data(
+    config: TrainConfig, console: Console | None = None, patch: Patch | None = None
+) -> Data:
+    """Look at every row, and choose those that train and those that are held out.
+
+    Args:
+        patch: of the model that will see them; wanted where ``visual_prompts`` is not "drop", since
+            images then take more tokens.
+    """
     logging.disable_progress_bar()
     processor = AutoProcessor.from_pretrained(config.model)
     if not hasattr(processor, "image_processor"):
@@ -186,6 +214,8 @@ def prepare_data(config: TrainConfig, console: Console | None = None) -> Data:
             f"{config.model}: want the processor of a vision-language model, got "
             f"{type(processor).__name__}"
         )
+    if patch is not None and config.visual_prompts != "drop":
+        patch.prepare(processor)
     name = config.template
     if name == "auto" and config.method == "projector":
         name = "plain"
@@ -194,7 +224,8 @@ def prepare_data(config: TrainConfig, console: Console | None = None) -> Data:
 
     def checked(paths: list[str]) -> Checked:
         rows = Rows(paths, config.image_folder)
-        with Progress(console=console, transient=True) as bar:
+        shown = console is not None and console.is_terminal
+        with Progress(console=console, transient=True, disable=not shown) as bar:
             task = bar.add_task("reading rows", total=len(rows))
             return check(
                 rows, template, problems, max_length=config.max_length,
@@ -215,8 +246,8 @@ def prepare_data(config: TrainConfig, console: Console | None = None) -> Data:
     )
 
 
-def prepare_model(config: TrainConfig, processor: ProcessorMixin) -> Patch:
-    """The frozen model, its projector if one is given, and new prompts from the seed."""
+def prepare_model(config: TrainConfig) -> Patch:
+    """The frozen model, new prompts from the seed, and its projector if one is given."""
     if config.method not in METHODS:
         raise TrainingError(f"method: want one of {', '.join(METHODS)}; got {config.method!r}")
     method = METHODS[config.method](config)
@@ -230,13 +261,14 @@ def prepare_model(config: TrainConfig, processor: ProcessorMixin) -> Patch:
             # small, and trained or loaded from a file: not worth an error of 9%
             llm_int8_skip_modules=["multi_modal_projector", "lm_head"],
         )
+    logging.disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype, **options)
-    if config.projector:
-        fastprompt.importers.load_projector(model, config.projector)
     torch.manual_seed(config.seeds["init"])
     patch = fastprompt.patch(model, method, memory=config.memory)
-    if config.visual_prompts != "drop":
-        patch.prepare(processor)
+    if config.projector:  # into the float32 copy, if it trains
+        from fastprompt.importers import load_projector
+
+        load_projector(model, config.projector)
     return patch
 
 
@@ -244,6 +276,11 @@ def make_trainer(
     config: TrainConfig, data: Data, patch: Patch, callbacks: list[TrainerCallback] | None = None
 ) -> PromptTrainer:
     """A Trainer over prepared data and a prepared model."""
+    family = patch.anatomy.tower(TEXT).family
+    if config.pack and family not in PACKED:
+        raise TrainingError(f"pack: want a language model of {', '.join(PACKED)}; got {family}")
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise TrainingError("tensorboard: want the package of that name, which is not installed")
     logging.set_verbosity_error()
     trainer = PromptTrainer(
         patch.model,
@@ -277,9 +314,10 @@ def rerun(
     config = replace(config, out=str(out or f"{folder}-rerun"))
     differences = run_folder.changed_versions(folder)
     run_folder.check_new(Path(config.out))
-    data = prepare_data(config, console)
+    patch = prepare_model(config)
+    data = prepare_data(config, console, patch)
     run_folder.check_data(folder, data.digests)
-    result = _run(config, data, False, console, [])
+    result = _run(config, patch, data, False, console, [])
     before = {e["step"]: e["loss"] for e in read_metrics(folder / METRICS) if "loss" in e}
     for step in sorted(before.keys() & result.losses.keys()):
         if before[step] != result.losses[step]:

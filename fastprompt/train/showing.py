@@ -13,7 +13,6 @@ from torch import nn
 from fastprompt.blocks.memory import POLICIES, kept_bytes
 from fastprompt.families import VISION
 from fastprompt.patching import Patch
-from fastprompt.reporting import count
 from fastprompt.train.config import TrainConfig
 from fastprompt.train.templates import IGNORE, ChatTemplate
 from fastprompt.train.trainer import PromptTrainer
@@ -49,28 +48,21 @@ def plan(trainer: PromptTrainer, patch: Patch, config: TrainConfig) -> str:
     """Trainable share, steps, and an estimate of memory, of a trainer that has not begun."""
     data = trainer.train_dataset
     checked = data.checked
-    share, whole = sum(p.numel() for p in patch.trainable.values()), count(patch.model)
     width = int(data.lengths.max())
     lines = [
         patch.report(),
         "",
-        f"trainable share  {100 * share / max(1, whole):.3f}% ({share:,} of {whole:,})",
         f"rows     {len(checked):,} train"
         + (f", {len(trainer.eval_dataset):,} held out" if trainer.eval_dataset else ""),
         f"tokens   {_spread(checked.lengths)} a row"
         + (f"; packed into {len(data):,} rows of up to {width}" if config.pack else ""),
-        f"steps    {steps(trainer):,} of {config.batch_size} × {config.accumulate} rows",
+        f"steps    {trainer.steps():,} of {config.batch_size} × {config.accumulate} rows",
         "",
         *memory(patch, config, width),
     ]
     if trainer.problems:
         lines += ["", trainer.problems.summary()]
     return "\n".join(lines)
-
-
-def steps(trainer: PromptTrainer) -> int:
-    """How many steps `PromptTrainer.train` would take."""
-    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
 def memory(patch: Patch, config: TrainConfig, width: int) -> list[str]:

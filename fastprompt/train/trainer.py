@@ -64,6 +64,10 @@ class PromptTrainer(Trainer):
             callbacks=[GuardSteps(self), *(callbacks or [])],
         )
 
+    def steps(self) -> int:
+        """How many steps `train` takes from the beginning."""
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
     # ---- batches ----
 
     def _get_train_sampler(self, train_dataset: Examples | None = None) -> Order:
@@ -135,6 +139,7 @@ class PromptTrainer(Trainer):
         name = f"checkpoint-{step}"
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(self._staging / name, out / name)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -144,7 +149,8 @@ class PromptTrainer(Trainer):
                 f"whole ones in {out}: {', '.join(left) or 'none'}"
             ) from error
         finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
         if self.args.should_save:
             rotate_checkpoints(str(out), save_total_limit=self.config.keep)
