@@ -1,6 +1,7 @@
 """Whole runs on a tiny LLaVA: killed and resumed, run again, on bad data, on a full disk."""
 
 import errno
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import conversations
 import pytest
@@ -19,7 +21,14 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 
 import fastprompt
 from fastprompt.__main__ import main
-from fastprompt.train import TrainConfig, TrainingError, make_trainer, prepare_data, prepare_model
+from fastprompt.train import (
+    TrainConfig,
+    TrainingError,
+    make_trainer,
+    prepare_data,
+    prepare_model,
+    preparing,
+)
 from fastprompt.train import rerun as rerun_
 from fastprompt.train import train as train_
 from fastprompt.train.progress import read_metrics
@@ -426,3 +435,70 @@ def test_steps_of_a_dry_run_are_the_trainers(shared, tmp_path):
         count = trainer.steps()
         trainer.train()
         assert trainer.state.global_step == count, more
+
+
+def test_a_projector_to_start_from(shared, tmp_path, monkeypatch):
+    """What reads it is tested where it is; here: it is asked, of a patched model."""
+    asked = []
+
+    def load_projector(model, path):
+        asked.append((fastprompt.patch_of(model).model is model, path))
+
+    importers = SimpleNamespace(load_projector=load_projector)
+    monkeypatch.setitem(sys.modules, "fastprompt.importers", importers)
+    prepare_model(config_of(shared, tmp_path))
+    assert not asked
+    prepare_model(config_of(shared, tmp_path, projector="mm_projector.bin"))
+    assert asked == [(True, "mm_projector.bin")]
+
+
+def test_longer_images_make_room_in_the_processor(shared, tmp_path):
+    """`Patch.prepare` is asked before an image's tokens are counted."""
+
+    class Prepares:
+        def prepare(self, processor):
+            processor.num_additional_image_tokens += 3
+
+    config = config_of(shared, tmp_path, visual_prompts="raw")
+    assert prepare_data(config, QUIET, Prepares()).template.image_tokens == 7
+    assert prepare_data(replace(config, visual_prompts="drop"), QUIET).template.image_tokens == 4
+
+
+def test_refusals_of_options(shared, tmp_path, monkeypatch, capsys):
+    config = config_of(shared, tmp_path, pack=True)
+    patch = prepare_model(config)
+    data = prepare_data(config, QUIET)
+    patch.anatomy.tower("text").family = "gpt"
+    with pytest.raises(TrainingError, match="pack: want a language model of llama"):
+        make_trainer(config, data, patch)
+    monkeypatch.setattr(preparing, "find_spec", lambda name: None)
+    with pytest.raises(TrainingError, match="tensorboard: want the package"):
+        make_trainer(replace(config, pack=False, tensorboard=True), data, patch)
+    with pytest.raises(TrainingError, match="want eval_data or hold_out, got both"):
+        prepare_data(replace(config, hold_out=2, eval_data=config.data), QUIET)
+    options = ["--data", *config.data, "--out", str(tmp_path / "x")]
+    assert main(["train", "--model", str(tmp_path / "none"), *options]) == 2
+    assert "error: " in capsys.readouterr().out
+    conversations.tokenizer().save_pretrained(tmp_path / "text")
+    (tmp_path / "text" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(TrainingError, match="want the processor of a vision-language model"):
+        prepare_data(replace(config, model=str(tmp_path / "text")), QUIET)
+
+
+def test_what_is_seen(shared, tmp_path):
+    """A bar on a terminal, lines elsewhere; both end with the last step."""
+    for terminal in (True, False):
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=terminal, width=100, soft_wrap=True)
+        config = config_of(shared, tmp_path / str(terminal), hold_out=4, max_steps=5)
+        train_(config, console=console)
+        said = out.getvalue()
+        for word in ("26 rows, 4 held out", "5 steps of 4 rows", "tokens/s", "MB", "0:00 left"):
+            assert word in said, (terminal, word)
+        assert "held-out loss" in said and "5/5" in said
+
+
+def test_a_killed_write_of_metrics_is_passed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]

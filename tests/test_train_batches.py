@@ -7,8 +7,10 @@ import tiny
 import torch
 
 import fastprompt
+from fastprompt.methods import M2PT
 from fastprompt.train.batches import ABOUT, Collator, Example, Examples, Order, pack
 from fastprompt.train.checking import Problems, Rows, check
+from fastprompt.train.preparing import PACKED
 from fastprompt.train.templates import IGNORE, ChatTemplate
 
 LENGTHS = np.random.default_rng(0).integers(5, 60, 103)
@@ -84,17 +86,31 @@ def data(tmp_path_factory):
     return found, template, processor
 
 
-@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2", "qwen3"])
-def test_packed_rows_train_as_rows_alone(text, data, monkeypatch):
+PROMPTS = M2PT(vision_tokens=3, text_tokens=2)
+PACKED_AS = {
+    **{family: (family, {}, PROMPTS) for family in PACKED},
+    # whose window is shorter than a row
+    "window": ("mistral", dict(sliding_window=7), PROMPTS),
+    # whose language model keeps transformers' own attention
+    "projector": ("llama", {}, M2PT(0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", PACKED_AS)
+def test_packed_rows_train_as_rows_alone(name, data, monkeypatch):
     """Loss and every gradient, in float64, of images and texts mixed."""
     monkeypatch.setitem(tiny.TEXT, "vocab_size", 272)
     monkeypatch.setitem(tiny.TEXT, "max_position_embeddings", 512)
     checked, template, processor = data
+    family, options, method = PACKED_AS[name]
+    for option, value in options.items():
+        monkeypatch.setitem(tiny.TEXT, option, value)
     torch.manual_seed(0)
-    model = tiny.llava(text=text).double()
+    model = tiny.llava(text=family).double()
+    assert options.items() <= vars(model.config.text_config).items()
     model.config.image_token_id = model.model.config.image_token_id = 4
     tiny.in_float64(model)
-    trainable = fastprompt.patch(model).trainable
+    trainable = fastprompt.patch(model, method).trainable
     with torch.no_grad():
         for p in trainable.values():
             p.add_(torch.randn_like(p), alpha=0.1)

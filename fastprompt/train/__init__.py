@@ -2,7 +2,8 @@
 
 from fastprompt.train.checking import Problems, TrainingError
 from fastprompt.train.config import TrainConfig
-from fastprompt.train.run import Result, make_trainer, prepare_data, prepare_model, rerun, train
+from fastprompt.train.preparing import make_trainer, prepare_data, prepare_model
+from fastprompt.train.run import Result, rerun, train
 from fastprompt.train.trainer import PromptTrainer
 
 __all__ = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastprompt.train import run, run_folder, showing
+from fastprompt.train import preparing, run, run_folder, showing
 from fastprompt.train.checking import TrainingError
 from fastprompt.train.config import TrainConfig, add_options, given_options, read_yaml
 from fastprompt.train.templates import IGNORE
@@ -64,7 +64,7 @@ def inspect_data(arguments: list[str]) -> int:
     given = _parsed(parser, arguments)
     console = Console(soft_wrap=True)
     try:
-        data = run.prepare_data(_config(given, out=""), console)
+        data = preparing.prepare_data(_config(given, out=""), console)
     except (ValueError, OSError) as error:
         return _failed(console, error)
     for i in data.train.indices[: given.count]:
@@ -118,9 +118,9 @@ def _dry_run(config: TrainConfig, console: Console) -> None:
 
 
 def _plan(config: TrainConfig, console: Console) -> None:
-    patch = run.prepare_model(config)
-    data = run.prepare_data(config, console, patch)
-    trainer = run.make_trainer(config, data, patch)
+    patch = preparing.prepare_model(config)
+    data = preparing.prepare_data(config, console, patch)
+    trainer = preparing.make_trainer(config, data, patch)
     _say(console, showing.plan(trainer, patch, config))
     batch = next(iter(trainer.get_train_dataloader()))
     B, T = batch["input_ids"].shape

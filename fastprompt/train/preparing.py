@@ -1,0 +1,174 @@
+"""What a run needs: its rows, its model, its trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PrinterCallback,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.utils import logging
+
+import fastprompt
+from fastprompt.families import TEXT
+from fastprompt.methods import M2PT, Method
+from fastprompt.patching import Patch
+from fastprompt.train.batches import Examples, pack
+from fastprompt.train.checking import Checked, Problems, Rows, TrainingError, check, choose
+from fastprompt.train.config import TrainConfig
+from fastprompt.train.templates import ChatTemplate, count_image_tokens
+from fastprompt.train.trainer import PromptTrainer
+
+
+def _m2pt(config: TrainConfig) -> Method:
+    return M2PT(
+        vision_tokens=config.vision_tokens, text_tokens=config.text_tokens,
+        train_projector=config.train_projector, train_lm_head=config.train_lm_head,
+        visual_prompts=config.visual_prompts,
+    )  # fmt: skip
+
+
+METHODS: dict[str, Callable[[TrainConfig], Method]] = {
+    "m2pt": _m2pt,
+    "vpt": lambda config: M2PT(config.vision_tokens, 0, train_projector=False),
+    "text": lambda config: M2PT(0, config.text_tokens, train_projector=False),
+    "projector": lambda config: M2PT(0, 0),
+}
+
+
+# where attention keeps packed conversations apart, as tested
+PACKED = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass
+class Data:
+    """The rows of a run, and how they become tokens.
+
+    Attributes:
+        train, held_out: disjoint; ``held_out`` is None where nothing is evaluated.
+        digests: hashes of the data, for run.json.
+    """
+
+    processor: ProcessorMixin
+    template: ChatTemplate
+    train: Checked
+    held_out: Checked | None
+    problems: Problems
+    digests: dict[str, str]
+
+    def examples(self, config: TrainConfig, checked: Checked, packed: bool) -> Examples:
+        dtype = getattr(torch, config.dtype)
+        bins = pack(checked.lengths, config.max_length, config.seeds["order"]) if packed else None
+        return Examples(checked, self.template, self.processor, dtype, bins)
+
+    @property
+    def pad_id(self) -> int:
+        tokenizer = self.processor.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def prepare_data(
+    config: TrainConfig, console: Console | None = None, patch: Patch | None = None
+) -> Data:
+    """Look at every row, and choose those that train and those that are held out.
+
+    Args:
+        patch: of the model that will see them; wanted where ``visual_prompts`` is not "drop", since
+            images then take more tokens.
+    """
+    logging.disable_progress_bar()
+    processor = AutoProcessor.from_pretrained(config.model)
+    if not hasattr(processor, "image_processor"):
+        raise TrainingError(
+            f"{config.model}: want the processor of a vision-language model, got "
+            f"{type(processor).__name__}"
+        )
+    if patch is not None and config.visual_prompts != "drop":
+        patch.prepare(processor)
+    name = config.template
+    if name == "auto" and config.method == "projector":
+        name = "plain"
+    template = ChatTemplate(processor, name, count_image_tokens(processor))
+    problems = Problems(fatal=config.on_bad_row == "fatal")
+
+    def checked(paths: list[str]) -> Checked:
+        rows = Rows(paths, config.image_folder)
+        shown = console is not None and console.is_terminal
+        with Progress(console=console, transient=True, disable=not shown) as bar:
+            task = bar.add_task("reading rows", total=len(rows))
+            return check(
+                rows, template, problems, max_length=config.max_length,
+                keep_duplicates=config.duplicate_ids == "keep", decode=config.decode_images,
+                tick=lambda: bar.advance(task),
+            )  # fmt: skip
+
+    whole = checked(config.data)
+    train, held_out = choose(whole, config.hold_out, config.subset, config.seeds["subset"])
+    digests = {"train": whole.digest}
+    if config.eval_data:
+        if config.hold_out:
+            raise TrainingError("want eval_data or hold_out, got both")
+        held_out = checked(config.eval_data)
+        digests["held_out"] = held_out.digest
+    return Data(
+        processor, template, train, held_out if config.evaluates else None, problems, digests
+    )
+
+
+def prepare_model(config: TrainConfig) -> Patch:
+    """The frozen model, new prompts from the seed, and its projector if one is given."""
+    if config.method not in METHODS:
+        raise TrainingError(f"method: want one of {', '.join(METHODS)}; got {config.method!r}")
+    method = METHODS[config.method](config)
+    dtype, options = getattr(torch, config.dtype), {}
+    if config.four_bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            # small, and trained or loaded from a file: not worth an error of 9%
+            llm_int8_skip_modules=["multi_modal_projector", "lm_head"],
+        )
+    logging.disable_progress_bar()
+    model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype, **options)
+    torch.manual_seed(config.seeds["init"])
+    patch = fastprompt.patch(model, method, memory=config.memory)
+    if config.projector:  # into the float32 copy, if it trains
+        from fastprompt.importers import load_projector
+
+        load_projector(model, config.projector)
+    return patch
+
+
+def make_trainer(
+    config: TrainConfig, data: Data, patch: Patch, callbacks: list[TrainerCallback] | None = None
+) -> PromptTrainer:
+    """A Trainer over prepared data and a prepared model."""
+    family = patch.anatomy.tower(TEXT).family
+    if config.pack and family not in PACKED:
+        raise TrainingError(f"pack: want a language model of {', '.join(PACKED)}; got {family}")
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise TrainingError("tensorboard: want the package of that name, which is not installed")
+    logging.set_verbosity_error()
+    trainer = PromptTrainer(
+        patch.model,
+        config,
+        data.examples(config, data.train, config.pack),
+        None if data.held_out is None else data.examples(config, data.held_out, packed=False),
+        pad_id=data.pad_id,
+        problems=data.problems,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
