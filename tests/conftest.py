@@ -24,6 +24,10 @@ NEEDS = {
     "test_prompt_attention_fuzz.py": "hypothesis",
     "test_demo_parts.py": "PIL",
     "test_instruction_demo.py": "matplotlib",
+    "test_train.py": "PIL",
+    "test_train_rows.py": "PIL",
+    "test_train_batches.py": "PIL",
+    "test_train_templates.py": "jinja2",
 }
 collect_ignore = [file for file, package in NEEDS.items() if find_spec(package) is None]
 

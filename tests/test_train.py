@@ -141,6 +141,7 @@ VARIANTS = {
     "packed": dict(pack=True, max_length=160, batch_size=1),
     "no buckets": dict(bucket=False, order_seed=9),
     "workers": dict(workers=2),
+    "bfloat16": dict(dtype="bfloat16"),
     "projector": dict(method="projector"),
 }
 

@@ -226,6 +226,16 @@ def test_a_bad_row_does_not_make_the_good_one_of_its_id_a_duplicate(made, tmp_pa
     assert [p.kind for p in problems] == ["missing image"] and 3 in found.indices
 
 
+def test_the_longest_row(made, tmp_path):
+    path = conversations.write_jsonl(tmp_path / "d.jsonl", made)
+    longest = int(checked(path)[0].lengths.max())
+    assert not checked(path, max_length=longest)[1]
+    found, problems = checked(path, max_length=longest - 1)
+    assert {p.kind for p in problems} == {"too long"} and len(found) + len(problems) == 12
+    assert found.lengths.max() < longest
+    assert f"{longest} tokens; want at most {longest - 1}" in problems.summary()
+
+
 def test_empty_files(made, tmp_path):
     path, empty = conversations.write_jsonl(tmp_path / "d.jsonl", made), tmp_path / "e.jsonl"
     for content in ("", "\n\n", "[]"):

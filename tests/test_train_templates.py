@@ -2,6 +2,8 @@
 
 import conversations
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from fastprompt.train.rows import BadRow, Blob, Row
 from fastprompt.train.showing import marked
@@ -118,6 +120,28 @@ def test_ids_are_the_processors_own(name):
     assert all(
         label in (IGNORE, token) for token, label in zip(found.ids, found.labels, strict=True)
     )
+
+
+def test_a_tokenizer_whose_tokens_begin_with_their_space():
+    """As Llama's and Vicuna's: the answer's first token begins before the answer does."""
+    words = ["▁USER", ":", "▁ASSISTANT", "▁What", "?", "▁A", "▁cat", ".", "▁Yes", "▁", "\n"]
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<pad>", 0.0), ("<image>", 0.0)]
+    pieces += [(word, -1.0) for word in words]
+    made = Tokenizer(models.Unigram(pieces, unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.decoder = decoders.Metaspace(prepend_scheme="first")
+    processor = conversations.processor()
+    processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>", additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    processor.chat_template = conversations.LLAVA
+    template = ChatTemplate(processor, "auto", 4)
+    turns = [("user", "What?"), ("assistant", "A cat."), ("user", "What?"), ("assistant", "Yes")]
+    found = template.encode(row(turns))
+    trained = [token for token in found.labels if token != IGNORE]
+    want = ["▁A", "▁cat", ".", "</s>", "▁Yes", "</s>"]
+    assert processor.tokenizer.convert_ids_to_tokens(trained) == want
 
 
 def test_the_first_token_never_trains():
