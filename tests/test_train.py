@@ -151,7 +151,7 @@ def test_interrupted_and_resumed(name, shared, tmp_path):
     config = config_of(shared, tmp_path / "a", **VARIANTS[name])
     want = train(config)
     config = replace(config, out=str(tmp_path / "b"))
-    kill = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    kill = At(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     result = train(config, callbacks=[kill])
     assert result.interrupted and max(result.losses) == 6
     assert (tmp_path / "b" / "checkpoint-6").is_dir() and not (tmp_path / "b" / "prompts").exists()
@@ -310,6 +310,12 @@ def test_methods_train_what_they_name(method, shared, tmp_path):
     parts = {w for w in METHODS["m2pt"] for name in patch.trainable if f".{w}" in f".{name}"}
     parts |= {"projector"} if any("multi_modal_projector" in n for n in patch.trainable) else set()
     assert parts == METHODS[method]
+
+
+def test_rows_are_no_longer_than_the_model_reads(shared, tmp_path):
+    """Its context is 512 tokens."""
+    assert prepare_data(config_of(shared, tmp_path), QUIET).max_length == 512
+    assert prepare_data(config_of(shared, tmp_path, max_length=90), QUIET).max_length == 90
 
 
 def test_an_unknown_method_is_named(shared, tmp_path):

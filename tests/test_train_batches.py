@@ -59,7 +59,7 @@ def example(*ids, pixels=None, **more):
 def test_padding_and_packing_of_a_batch():
     image = torch.ones(3, 2, 2)
     rows = [[example(1, 2, 3, pixels=image)], [example(4, 5)]]
-    batch = Collator(9, packed=False)(rows)
+    batch = Collator(9)(rows)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
     assert batch["labels"].tolist() == [[IGNORE, 2, 3], [IGNORE, 5, IGNORE]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -67,7 +67,7 @@ def test_padding_and_packing_of_a_batch():
     assert batch[ABOUT]["tokens"] == 5 and batch[ABOUT]["rows"] == ["r1 (f:1)", "r4 (f:1)"]
 
     rows = [[example(1, 2, 3), example(4, 5)], [example(6, 7, 8)]]
-    batch = Collator(9, packed=True)(rows)
+    batch = Collator(9)(rows)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
     assert batch["labels"].tolist()[0] == [IGNORE, 2, 3, IGNORE, 5]
@@ -116,9 +116,9 @@ def test_packed_rows_train_as_rows_alone(name, data, monkeypatch):
             p.add_(torch.randn_like(p), alpha=0.1)
     model.train()
 
-    def gradients(bins, packed):
+    def gradients(bins):
         examples = Examples(checked, template, processor, torch.float64, bins)
-        batch = Collator(3, packed)([examples[i] for i in range(len(examples))])
+        batch = Collator(3)([examples[i] for i in range(len(examples))])
         count = batch["labels"].ne(IGNORE).sum()
         del batch[ABOUT]
         loss = model(**batch, num_items_in_batch=count, use_cache=False).loss
@@ -126,9 +126,9 @@ def test_packed_rows_train_as_rows_alone(name, data, monkeypatch):
 
     bins = pack(checked.lengths, 200, seed=0)
     assert 1 < len(bins) < 8 and len({len(b) for b in bins}) > 1
-    want_loss, want = gradients(None, packed=False)
+    want_loss, want = gradients(None)
     # in the bins' order: the sum is the same
-    loss, found = gradients(bins, packed=True)
+    loss, found = gradients(bins)
     assert torch.allclose(loss, want_loss, rtol=1e-10, atol=0)
     for a, b in zip(found, want, strict=True):
         assert (a - b).norm() <= 1e-10 * b.norm()
@@ -147,5 +147,5 @@ def test_a_row_that_went_bad_trains_nothing(data):
         path.write_bytes(whole)
     assert bad.pixels is None and set(bad.labels) == {IGNORE}
     assert bad.problem.kind == "broken image" and bad.problem.where == checked.rows.where(at)
-    batch = Collator(3, packed=False)([examples[5], [bad]])
+    batch = Collator(3)([examples[5], [bad]])
     assert batch[ABOUT]["problems"] == [bad.problem]

@@ -138,13 +138,13 @@ class Order(Sampler):
 class Collator:
     """Lists of examples to a batch, padded on the right.
 
-    Not packed: ``attention_mask`` [B, T]. Packed: ``position_ids`` [B, T] that begin again at every
-    conversation, by which transformers keeps them apart in its mask. Pixels [n, 3, H, W] of the
-    rows that have an image, in their order; none, no key.
+    One example a row: ``attention_mask`` [B, T]. Several: ``position_ids`` [B, T] that begin again
+    at every example, by which transformers keeps them apart in its mask. Pixels [n, 3, H, W] of
+    the examples that have an image, in their order; none, no key.
     """
 
-    def __init__(self, pad_id: int, packed: bool):
-        self.pad_id, self.packed = pad_id, packed
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
 
     def __call__(self, rows: Sequence[list[Example]]) -> dict[str, Any]:
         width = max(sum(len(e.ids) for e in row) for row in rows)
@@ -161,7 +161,8 @@ class Collator:
                 positions[b, here], mask[b, here] = torch.arange(len(e.ids)), 1
             positions[b, at:] = torch.arange(width - at)
         batch: dict[str, Any] = dict(input_ids=ids, labels=labels)
-        batch |= dict(position_ids=positions) if self.packed else dict(attention_mask=mask)
+        packed = any(len(row) > 1 for row in rows)
+        batch |= dict(position_ids=positions) if packed else dict(attention_mask=mask)
         examples = [e for row in rows for e in row]
         pixels = [e.pixels for e in examples if e.pixels is not None]
         if pixels:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from transformers.utils import logging
 
 from fastprompt.train import preparing, run, run_folder, showing
 from fastprompt.train.checking import TrainingError
@@ -22,7 +23,7 @@ def train(arguments: list[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     given = _parsed(parser, arguments)
-    console = Console(soft_wrap=True)
+    console = _console()
     try:
         config = _config(given)
         if given.dry_run:
@@ -45,7 +46,7 @@ def rerun(arguments: list[str]) -> int:
     parser.add_argument("folder", help="a run's folder")
     parser.add_argument("--out", help="the new run's folder (FOLDER-rerun)")
     given = parser.parse_args(arguments)
-    console = Console(soft_wrap=True)
+    console = _console()
     try:
         result, differences = run.rerun(given.folder, given.out, console)
     except (ValueError, OSError) as error:
@@ -62,7 +63,7 @@ def inspect_data(arguments: list[str]) -> int:
     parser = _parser("inspect-data", "Show rows with the tokens that train in ⟦ ⟧.")
     parser.add_argument("--count", type=int, default=3, help="rows shown (3)")
     given = _parsed(parser, arguments)
-    console = Console(soft_wrap=True)
+    console = _console()
     try:
         data = preparing.prepare_data(_config(given, out=""), console)
     except (ValueError, OSError) as error:
@@ -87,6 +88,13 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML of the options below; the command line goes first")
     add_options(parser)
     return parser
+
+
+def _console() -> Console:
+    """Where all is printed; transformers' own bars and warnings are kept out of it."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    return Console(soft_wrap=True)
 
 
 def _parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:

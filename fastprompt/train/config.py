@@ -35,7 +35,9 @@ class TrainConfig:
     eval_data: tuple[str, ...] = _option((), "held-out data, as --data")
     hold_out: int = _option(0, "so many rows of --data are kept aside and evaluated")
     subset: float = _option(1.0, "share of the rows that train; above 1: their number")
-    max_length: int = _option(2048, "longest row, in tokens; a longer one is a bad row")
+    max_length: int = _option(
+        2048, "longest row, in tokens, at most the model's context; a longer one is bad"
+    )
     template: str = _option(
         "auto", "auto (the processor's own; plain for --method projector), or a name: vicuna_v1, …"
     )
@@ -99,8 +101,6 @@ class TrainConfig:
                 raise ValueError(f"{name}: want {low} or more, got {value}")
         if not self.subset > 0 or (self.subset > 1 and self.subset != int(self.subset)):
             raise ValueError(f"subset: want a share in (0, 1] or a number, got {self.subset}")
-        if self.pack and self.max_length > 2**16:
-            raise ValueError(f"pack: want max_length of at most {2**16}, got {self.max_length}")
 
     @property
     def seeds(self) -> dict[str, int]:

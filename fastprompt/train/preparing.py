@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
@@ -17,7 +19,6 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.utils import logging
 
 import fastprompt
 from fastprompt.families import TEXT
@@ -57,6 +58,7 @@ class Data:
     Attributes:
         train, held_out: disjoint; ``held_out`` is None where nothing is evaluated.
         digests: hashes of the data, for run.json.
+        max_length: of a row, in tokens: ``config.max_length``, or the model's context if shorter.
     """
 
     processor: ProcessorMixin
@@ -65,10 +67,11 @@ class Data:
     held_out: Checked | None
     problems: Problems
     digests: dict[str, str]
+    max_length: int
 
     def examples(self, config: TrainConfig, checked: Checked, packed: bool) -> Examples:
         dtype = getattr(torch, config.dtype)
-        bins = pack(checked.lengths, config.max_length, config.seeds["order"]) if packed else None
+        bins = pack(checked.lengths, self.max_length, config.seeds["order"]) if packed else None
         return Examples(checked, self.template, self.processor, dtype, bins)
 
     @property
@@ -86,7 +89,6 @@ def prepare_data(
         patch: of the model that will see them; wanted where ``visual_prompts`` is not "drop", since
             images then take more tokens.
     """
-    logging.disable_progress_bar()
     processor = AutoProcessor.from_pretrained(config.model)
     if not hasattr(processor, "image_processor"):
         raise TrainingError(
@@ -99,6 +101,8 @@ def prepare_data(
     if name == "auto" and config.method == "projector":
         name = "plain"
     template = ChatTemplate(processor, name, count_image_tokens(processor))
+    text = AutoConfig.from_pretrained(config.model).get_text_config()
+    max_length = min(config.max_length, getattr(text, "max_position_embeddings", math.inf))
     problems = Problems(fatal=config.on_bad_row == "fatal")
 
     def checked(paths: list[str]) -> Checked:
@@ -107,7 +111,7 @@ def prepare_data(
         with Progress(console=console, transient=True, disable=not shown) as bar:
             task = bar.add_task("reading rows", total=len(rows))
             return check(
-                rows, template, problems, max_length=config.max_length,
+                rows, template, problems, max_length=max_length,
                 keep_duplicates=config.duplicate_ids == "keep", decode=config.decode_images,
                 tick=lambda: bar.advance(task),
             )  # fmt: skip
@@ -120,9 +124,9 @@ def prepare_data(
             raise TrainingError("want eval_data or hold_out, got both")
         held_out = checked(config.eval_data)
         digests["held_out"] = held_out.digest
-    return Data(
-        processor, template, train, held_out if config.evaluates else None, problems, digests
-    )
+    if not config.evaluates:
+        held_out = None
+    return Data(processor, template, train, held_out, problems, digests, max_length)
 
 
 def prepare_model(config: TrainConfig) -> Patch:
@@ -140,7 +144,6 @@ def prepare_model(config: TrainConfig) -> Patch:
             # small, and trained or loaded from a file: not worth an error of 9%
             llm_int8_skip_modules=["multi_modal_projector", "lm_head"],
         )
-    logging.disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype, **options)
     torch.manual_seed(config.seeds["init"])
     patch = fastprompt.patch(model, method, memory=config.memory)
@@ -160,7 +163,6 @@ def make_trainer(
         raise TrainingError(f"pack: want a language model of {', '.join(PACKED)}; got {family}")
     if config.tensorboard and find_spec("tensorboard") is None:
         raise TrainingError("tensorboard: want the package of that name, which is not installed")
-    logging.set_verbosity_error()
     trainer = PromptTrainer(
         patch.model,
         config,

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from fastprompt import checkpoint
 from fastprompt.files import replace
+from fastprompt.train.trainer import PromptTrainer
 
 METRICS = "metrics.jsonl"
 BEST, BEST_METRIC = "best", "metric.json"
@@ -124,8 +125,8 @@ class StopOnSignal(TrainerCallback):
 class Bar(TrainerCallback):
     """A bar with loss, tokens/s, memory and the time left; lines where there is no terminal."""
 
-    def __init__(self, console: Console):
-        self.console, self.trainer = console, None  # the trainer is set once it is made
+    def __init__(self, console: Console, trainer: PromptTrainer):
+        self.console, self.trainer = console, trainer
         self.bar: Progress | None = None
         self.loss, self.began, self.first, self.told = math.nan, 0.0, 0, 0.0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -89,17 +88,17 @@ def _run(
     callbacks: list[TrainerCallback],
 ) -> Result:
     folder = Path(config.out)
-    if not resumes:
-        found = run_folder.facts(config, data.digests, run_folder.command_line())
-        run_folder.begin(folder, config, found)
-    start = run_folder.last_checkpoint(folder)
-    stop, bar = StopOnSignal(console.print), Bar(console)
-    own: list[TrainerCallback] = [stop]
-    if int(os.environ.get("RANK", 0)) == 0:
-        own += [Metrics(folder), bar, KeepBest(folder, config.best_metric)]
-    trainer = make_trainer(config, data, patch, [*own, *callbacks])
-    bar.trainer = trainer
-    console.print(_headline(trainer, data, patch), highlight=False, markup=False)
+    trainer = make_trainer(config, data, patch, callbacks)
+    stop, bar = StopOnSignal(console.print), Bar(console, trainer)
+    trainer.add_callback(stop)
+    start = run_folder.last_checkpoint(folder) if resumes else None
+    if trainer.is_world_process_zero():
+        if not resumes:
+            found = run_folder.facts(config, data.digests, run_folder.command_line())
+            run_folder.begin(folder, config, found)
+        for callback in (Metrics(folder), bar, KeepBest(folder, config.best_metric)):
+            trainer.add_callback(callback)
+        console.print(_headline(trainer, data, patch), highlight=False, markup=False)
     if resumes:
         at = start.name if start else "the beginning: there is no checkpoint yet"
         console.print(f"resuming from {at}", highlight=False)

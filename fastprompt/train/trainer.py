@@ -27,8 +27,9 @@ class PromptTrainer(Trainer):
 
     Args:
         model: patched (`fastprompt.patch`), dense or 4-bit.
-        config: everything but the data, which is in ``train`` and ``held_out``.
-        collator: makes batches of both (``held_out`` is never packed).
+        config: everything but the data.
+        train, held_out: the rows; those held out are not packed.
+        pad_id: the token that fills rows up.
         problems: rows that turn out bad while training are added here.
 
     Attributes:
@@ -53,13 +54,12 @@ class PromptTrainer(Trainer):
         self.tokens, self.about, self.spoiled = 0, {}, ""
         self.skipped: list[str] = []  # steps whose loss or gradient was not finite
         self._staging: Path | None = None
-        self._pad_id = pad_id
         super().__init__(
             model=model,
             args=arguments(config),
             train_dataset=train,
             eval_dataset=held_out,
-            data_collator=Collator(pad_id, config.pack),
+            data_collator=Collator(pad_id),
             compute_metrics=_metrics,
             callbacks=[GuardSteps(self), *(callbacks or [])],
         )
@@ -75,21 +75,12 @@ class PromptTrainer(Trainer):
         config = self.config
         return Order(data.lengths, config.batch_size, config.seeds["order"], config.bucket)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None):
-        packed, self.data_collator = self.data_collator, Collator(self._pad_id, packed=False)
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = packed
-
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """At least 1: where all rows of a step turn out bad its loss is 0, not 0/0."""
         count = super()._get_num_items_in_batch(batch_samples, device)
         return count.clamp(min=1) if isinstance(count, Tensor) else count
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if ABOUT not in inputs:  # asked a second time
-            return super()._prepare_inputs(inputs)
         self.about = inputs.pop(ABOUT)
         for problem in self.about["problems"]:
             self.problems.add(problem)
