@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -295,6 +296,22 @@ def test_groups_have_their_own_learning_rate(shared, tmp_path):
         assert moved <= rate * 1.01 and (rate == 0) == (moved == 0), name
 
 
+def test_the_optimiser_and_its_schedule(shared, tmp_path):
+    """The paper's: AdamW without decay, a linear warm-up, a cosine; by what is logged."""
+    config = config_of(shared, tmp_path / "a", max_steps=10, warmup=0.2)
+    train(config)
+    rates = [e["learning_rate"] for e in read_metrics(tmp_path / "a" / "metrics.jsonl")]
+    cosine = [0.5 + 0.5 * math.cos(math.pi * i / 8) for i in range(8)]
+    assert rates == pytest.approx([1e-2 * x for x in [0, 0.5, *cosine]])
+
+    data, patch = prepare_data(config, QUIET), prepare_model(config)
+    for decay in (0.0, 0.1):
+        trainer = make_trainer(replace(config, weight_decay=decay), data, patch)
+        optimiser = trainer.create_optimizer()
+        assert type(optimiser) is torch.optim.AdamW
+        assert {g["weight_decay"] for g in optimiser.param_groups} == {decay}
+
+
 METHODS = {
     "m2pt": {"vision", "language", "projector"},
     "vpt": {"vision"},
@@ -368,7 +385,9 @@ def test_a_loss_that_is_none_is_fatal_or_skipped(shared, tmp_path):
         return trainer, patch, seen
 
     trainer, patch, seen = run("fatal")
-    with pytest.raises(TrainingError, match=r"step 3: the loss is nan; rows .*row-0-\d+ \(.*:\d+"):
+    with pytest.raises(
+        TrainingError, match=r"step 3: the loss is nan; its rows: row-0-\d+ \(.*:\d+"
+    ):
         trainer.train()
     assert same(seen[0], {n: p.detach() for n, p in patch.trainable.items()})
     assert trainer.state.global_step == 2

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, TrainerCallback
 
 import fastprompt
 from fastprompt.patching import Patch
@@ -92,7 +89,8 @@ def _run(
     stop, bar = StopOnSignal(console.print), Bar(console, trainer)
     trainer.add_callback(stop)
     start = run_folder.last_checkpoint(folder) if resumes else None
-    if trainer.is_world_process_zero():
+    main = trainer.is_world_process_zero()
+    if main:
         if not resumes:
             found = run_folder.facts(config, data.digests, run_folder.command_line())
             run_folder.begin(folder, config, found)
@@ -107,8 +105,9 @@ def _run(
     finally:
         bar.stop()
         stop.restore()
-        data.problems.write(folder / run_folder.BAD_ROWS)
-    if not stop.asked:
+        if main:
+            data.problems.write(folder / run_folder.BAD_ROWS)
+    if main and not stop.asked:
         fastprompt.save(patch.model, folder / run_folder.PROMPTS)
     entries = read_metrics(folder / METRICS)
     return Result(

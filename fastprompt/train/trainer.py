@@ -51,7 +51,9 @@ class PromptTrainer(Trainer):
         self.problems = (
             Problems(fatal=config.on_bad_row == "fatal") if problems is None else problems
         )
-        self.tokens, self.about, self.spoiled = 0, {}, ""
+        self.tokens, self.about = 0, {}
+        self.step_rows: list[str] = []  # of the step that is being computed
+        self.spoiled = ""  # what of it is not finite
         self.skipped: list[str] = []  # steps whose loss or gradient was not finite
         self._staging: Path | None = None
         super().__init__(
@@ -103,6 +105,7 @@ class PromptTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.tokens += self.about["tokens"]
+        self.step_rows += self.about["rows"]
         if not torch.isfinite(loss):
             self.spoiled = f"the loss is {loss.item()}"
         return loss
@@ -150,13 +153,18 @@ class PromptTrainer(Trainer):
 def publish(staged: Path, final: Path) -> None:
     """Flush a folder's files to the disk, then rename it into place."""
     for path in [*staged.rglob("*"), staged]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    shutil.rmtree(final, ignore_errors=True)  # of the same step, from before a resume
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)  # of the same step, if it is saved twice
     os.replace(staged, final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def arguments(config: TrainConfig) -> TrainingArguments:
@@ -207,9 +215,10 @@ def groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
             found["prompts"].append(p)
         else:
             found["projector" if projector and name.startswith(projector) else "head"].append(p)
+    default = dict(weight_decay=config.weight_decay)
     return [
-        dict(params=params, lr=config.learning_rate if rates[name] is None else rates[name])
-        for name, params in found.items()
+        dict(default, params=params, lr=config.learning_rate if rate is None else rate)
+        for params, rate in zip(found.values(), rates.values(), strict=True)
         if params
     ]
 
@@ -226,11 +235,10 @@ class GuardSteps(TrainerCallback):
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         if not reason and grads and not torch.isfinite(nn.utils.get_total_norm(grads)):
             reason = "the gradient is not finite"
-        trainer.spoiled = ""
+        rows, trainer.step_rows, trainer.spoiled = trainer.step_rows, [], ""
         if not reason:
             return
-        rows = ", ".join(trainer.about["rows"])
-        message = f"step {state.global_step + 1}: {reason}; rows of its last batch: {rows}"
+        message = f"step {state.global_step + 1}: {reason}; its rows: {', '.join(rows)}"
         if trainer.config.on_nan == "fatal":
             raise TrainingError(f"{message}\n--on-nan skip leaves such steps out")
         trainer.skipped.append(message)
