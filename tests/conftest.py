@@ -25,6 +25,7 @@ NEEDS = {
     "test_demo_parts.py": "PIL",
     "test_instruction_demo.py": "matplotlib",
     "test_train.py": "PIL",
+    "test_train_parts.py": "PIL",
     "test_train_rows.py": "PIL",
     "test_train_batches.py": "PIL",
     "test_train_templates.py": "jinja2",
@@ -43,6 +44,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         elif item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder with ``model``, a tiny LLaVA; ``data.jsonl`` (30 rows); ``held.jsonl`` (8)."""
+    import conversations
+
+    folder = tmp_path_factory.mktemp("train")
+    conversations.save_llava(folder / "model")
+    for name, count, seed in (("data", 30, 0), ("held", 8, 1)):
+        rows = conversations.rows(folder, count, seed)
+        conversations.write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder
 
 
 @pytest.fixture

@@ -1,92 +1,33 @@
-"""Whole runs on a tiny LLaVA: killed and resumed, run again, on bad data, on a full disk."""
+"""Whole runs on a tiny LLaVA: killed and resumed, run again, on a full disk; the best kept."""
 
 import errno
-import io
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
-import conversations
 import pytest
 import torch
-from rich.console import Console
+from runs import QUIET, At, config_of, same, train, trained
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, TrainerCallback
 
 import fastprompt
 from fastprompt.__main__ import main
-from fastprompt.train import (
-    TrainConfig,
-    TrainingError,
-    make_trainer,
-    prepare_data,
-    prepare_model,
-    preparing,
-)
-from fastprompt.train import rerun as rerun_
-from fastprompt.train import train as train_
+from fastprompt.train import TrainingError, make_trainer, prepare_data, prepare_model, rerun
 from fastprompt.train.progress import read_metrics
+from fastprompt.train.run_folder import last_checkpoint
 
 ROOT = Path(__file__).parent.parent
-QUIET = Console(quiet=True)
-
-
-def train(config, **more):
-    return train_(config, console=QUIET, **more)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """A folder with ``model``, ``data.jsonl`` (30 rows) and ``held.jsonl`` (8)."""
-    folder = tmp_path_factory.mktemp("train")
-    conversations.save_llava(folder / "model")
-    for name, count, seed in (("data", 30, 0), ("held", 8, 1)):
-        rows = conversations.rows(folder, count, seed)
-        conversations.write_jsonl(folder / f"{name}.jsonl", rows)
-    return folder
-
-
-def config_of(shared, out, **more):
-    options = dict(
-        model=str(shared / "model"), data=[str(shared / "data.jsonl")], out=str(out), batch_size=4,
-        epochs=2, learning_rate=1e-2, dtype="float32", vision_tokens=3, text_tokens=2, save_every=4,
-        seed=5,
-    )  # fmt: skip
-    return TrainConfig(**(options | more))
-
-
-class At(TrainerCallback):
-    """Does something at the end of a step."""
-
-    def __init__(self, step, act):
-        self.step, self.act = step, act
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.act()
-
-
-def trained(result):
-    return {n: p.detach().clone() for n, p in fastprompt.patch_of(result.model).trainable.items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
 
 KILLED = """
 import os, signal, sys
 import fastprompt.train.trainer as trainer
 from rich.console import Console
 from fastprompt.train import TrainConfig, train
-from test_train import At
+from runs import At
 
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -199,10 +140,10 @@ def test_rerun(shared, tmp_path, capsys):
     entries = read_metrics(path)
     entries[2]["loss"] += 1e-6
     path.write_text("".join(json.dumps(e) + "\n" for e in entries))
-    _, differences = rerun_(tmp_path / "a", tmp_path / "c", QUIET)
+    _, differences = rerun(tmp_path / "a", tmp_path / "c", QUIET)
     assert [d[:15] for d in differences] == ["loss of step 3:"]
     with pytest.raises(TrainingError, match=r"want a run's folder, with run\.json in it"):
-        rerun_(tmp_path, console=QUIET)
+        rerun(tmp_path, console=QUIET)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(shared, tmp_path, monkeypatch):
@@ -255,276 +196,16 @@ def test_the_best_by_a_held_out_metric_is_kept(shared, tmp_path):
     assert metrics["eval_loss"] == pytest.approx(said["value"], rel=1e-6)
 
 
-def test_held_out_loss_and_accuracy_are_of_rows(shared, tmp_path):
-    """Against one row at a time, whatever the batches."""
-    config = config_of(shared, tmp_path, eval_data=[str(shared / "held.jsonl")], batch_size=3)
-    data = prepare_data(config, QUIET)
-    patch = prepare_model(config)
-    trainer = make_trainer(config, data, patch)
-    metrics = trainer.evaluate()
-    losses, right = [], []
-    for i in range(len(data.held_out)):
-        batch = trainer.data_collator([trainer.eval_dataset[i]])
-        labels = batch.pop("labels")[0, 1:]
-        del batch["about"]
-        with torch.no_grad():
-            logits = patch.model.eval()(**batch).logits[0, :-1].double()
-        due = labels != -100
-        losses += torch.nn.functional.cross_entropy(
-            logits[due], labels[due], reduction="none"
-        ).tolist()
-        right.append(bool((logits.argmax(-1) == labels)[due].all()))
-    assert metrics["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    assert metrics["eval_accuracy"] == sum(right) / len(right)
-
-
-def test_groups_have_their_own_learning_rate(shared, tmp_path):
-    config = config_of(
-        shared, tmp_path, projector_lr=0.0, head_lr=3e-3, train_lm_head=True, warmup=0, max_steps=1
-    )
-    data = prepare_data(config, QUIET)
-    patch = prepare_model(config)
-    before = {n: p.detach().clone() for n, p in patch.trainable.items()}
-    trainer = make_trainer(config, data, patch)
-    trainer.train()
-    rates = [(g["initial_lr"], len(g["params"])) for g in trainer.optimizer.param_groups]
-    assert rates == [(1e-2, 5), (0.0, 4), (3e-3, 1)]
-    for name, p in patch.trainable.items():
-        moved = (p - before[name]).abs().max()
-        # Adam's first step is the learning rate itself
-        rate = 1e-2 if "tokens" in name else 0 if "projector" in name else 3e-3
-        assert moved <= rate * 1.01 and (rate == 0) == (moved == 0), name
-
-
-def test_the_optimiser_and_its_schedule(shared, tmp_path):
-    """The paper's: AdamW without decay, a linear warm-up, a cosine; by what is logged."""
-    config = config_of(shared, tmp_path / "a", max_steps=10, warmup=0.2)
-    train(config)
-    rates = [e["learning_rate"] for e in read_metrics(tmp_path / "a" / "metrics.jsonl")]
-    cosine = [0.5 + 0.5 * math.cos(math.pi * i / 8) for i in range(8)]
-    assert rates == pytest.approx([1e-2 * x for x in [0, 0.5, *cosine]])
-
-    data, patch = prepare_data(config, QUIET), prepare_model(config)
-    for decay in (0.0, 0.1):
-        trainer = make_trainer(replace(config, weight_decay=decay), data, patch)
-        optimiser = trainer.create_optimizer()
-        assert type(optimiser) is torch.optim.AdamW
-        assert {g["weight_decay"] for g in optimiser.param_groups} == {decay}
-
-
-METHODS = {
-    "m2pt": {"vision", "language", "projector"},
-    "vpt": {"vision"},
-    "text": {"language"},
-    "projector": {"projector"},
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_train_what_they_name(method, shared, tmp_path):
-    config = config_of(shared, tmp_path, method=method)
-    patch = prepare_model(config)
-    parts = {w for w in METHODS["m2pt"] for name in patch.trainable if f".{w}" in f".{name}"}
-    parts |= {"projector"} if any("multi_modal_projector" in n for n in patch.trainable) else set()
-    assert parts == METHODS[method]
-
-
-def test_rows_are_no_longer_than_the_model_reads(shared, tmp_path):
-    """Its context is 512 tokens."""
-    assert prepare_data(config_of(shared, tmp_path), QUIET).max_length == 512
-    assert prepare_data(config_of(shared, tmp_path, max_length=90), QUIET).max_length == 90
-
-
-def test_an_unknown_method_is_named(shared, tmp_path):
-    config = config_of(shared, tmp_path, method="lorra")
-    with pytest.raises(TrainingError, match="want one of m2pt, vpt, text, projector; got 'lorra'"):
-        train(config)
-
-
-def test_stage_1_speaks_plainly(shared, tmp_path):
-    config = config_of(shared, tmp_path, method="projector")
-    assert prepare_data(config, QUIET).template.name == "plain"
-
-
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_four_bit(shared, tmp_path):
-    config = config_of(shared, tmp_path / "a", four_bit=True, max_steps=3, memory="low")
-    result = train(config)
-    model = result.model
-    assert model.model.language_model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
-    dense = AutoModelForImageTextToText.from_pretrained(config.model)
-    exact = dense.model.multi_modal_projector.linear_2.bias  # the projector began as it was
-    moved = (model.model.multi_modal_projector.linear_2.bias - exact).abs().max()
-    assert 0 < moved < 0.05
-    prepare = prepare_model(replace(config, out="b"))
-    fastprompt.load(prepare.model, tmp_path / "a" / "prompts")
-    assert same({n: p.detach() for n, p in prepare.trainable.items()}, trained(result))
-
-
-def test_a_loss_that_is_none_is_fatal_or_skipped(shared, tmp_path):
-    config = config_of(shared, tmp_path / "a", max_steps=6)
-
-    def spoil(patch):
-        """The 3rd step computes with infinities."""
-        calls = []
-
-        def hook(module, given):
-            calls.append(1)
-            return (torch.full_like(given[0], torch.inf),) if len(calls) == 3 else None
-
-        patch.model.model.language_model.norm.register_forward_pre_hook(hook)
-
-    def run(on_nan):
-        settings = replace(config, on_nan=on_nan)
-        data = prepare_data(settings, QUIET)
-        patch = prepare_model(settings)
-        spoil(patch)
-        seen = []
-        watch = At(2, lambda: seen.append({n: p.clone() for n, p in patch.trainable.items()}))
-        trainer = make_trainer(settings, data, patch, [watch])
-        return trainer, patch, seen
-
-    trainer, patch, seen = run("fatal")
-    with pytest.raises(
-        TrainingError, match=r"step 3: the loss is nan; its rows: row-0-\d+ \(.*:\d+"
-    ):
-        trainer.train()
-    assert same(seen[0], {n: p.detach() for n, p in patch.trainable.items()})
-    assert trainer.state.global_step == 2
-
-    trainer, patch, seen = run("skip")
-    after = At(3, lambda: seen.append({n: p.clone() for n, p in patch.trainable.items()}))
-    trainer.add_callback(after)
-    trainer.train()
-    assert same(*seen) and trainer.state.global_step == 6
-    assert [s[:7] for s in trainer.skipped] == ["step 3:"]
-    assert all(p.isfinite().all() for p in patch.trainable.values())
-
-
-def test_images_that_break_while_training(shared, tmp_path):
-    folder = tmp_path / "d"
-    rows = conversations.rows(folder, 12)
-    path = conversations.write_jsonl(folder / "d.jsonl", rows)
-    config = config_of(shared, tmp_path / "a", data=[str(path)], max_steps=6, batch_size=2)
-
-    def break_it():
-        for row in rows[:2]:
-            (folder / row["image"]).unlink()
-
-    result = train(config, callbacks=[At(1, break_it)])
-    assert len(result.losses) == 6 and len(result.problems) in (1, 2)
-    listed = (tmp_path / "a" / "bad_rows.jsonl").read_text().splitlines()
-    assert [json.loads(line)["kind"] for line in listed] == ["missing image"] * len(listed)
-    assert len(listed) == len(result.problems)
-
-    conversations.rows(folder, 12)
-    config = replace(config, out=str(tmp_path / "b"), on_bad_row="fatal")
-    with pytest.raises(TrainingError, match=r"bad row: .*d\.jsonl:\d: missing image"):
-        train(config, callbacks=[At(1, break_it)])
-
-
-def test_bad_rows_are_left_out_and_listed(shared, tmp_path, capsys):
-    rows = conversations.rows(tmp_path, 8)
-    rows[3]["conversations"].pop()
-    path = conversations.write_jsonl(tmp_path / "d.jsonl", rows)
-    config = config_of(shared, tmp_path / "a", data=[str(path)], max_steps=2)
-    (tmp_path / "c.yaml").write_text(config.as_yaml())
-    assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 0
-    said = capsys.readouterr().out
-    assert "bad rows, left out: 1" in said and f"{path}:4 (id row-0-3): the conversation" in said
-    assert main(["inspect-data", "--config", str(tmp_path / "c.yaml"), "--count", "2"]) == 1
-    said = capsys.readouterr().out
-    assert "⟦" in said and "row-0-1" in said and "row-0-2" not in said and "no answer" in said
-    options = ["--config", str(tmp_path / "c.yaml"), "--on-bad-row", "fatal", "--out", "x"]
-    assert main(["train", *options]) == 1
-    assert "error: bad row" in capsys.readouterr().out
-
-
-def test_dry_run_writes_nothing(shared, tmp_path, capsys):
-    config = config_of(shared, tmp_path / "a", hold_out=5)
-    (tmp_path / "c.yaml").write_text(config.as_yaml())
-    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    patch = prepare_model(config)
-    count = sum(p.numel() for p in patch.trainable.values())
-    assert f"trains  {count:,} of" in said and "25 train, 5 held out" in said
-    assert "steps    14 of 4 × 1 rows" in said  # 2 epochs of 7 batches
-    assert "<image>×4" in said and "<|im_end|>⟧" in said and "kept by blocks" in said
-    assert not (tmp_path / "a").exists()
-
-
-def test_steps_of_a_dry_run_are_the_trainers(shared, tmp_path):
-    for more in (dict(accumulate=3), dict(epochs=1.5), dict(batch_size=7), dict(max_steps=3)):
-        config = config_of(shared, tmp_path / "a", save_every=0, **more)
-        data = prepare_data(config, QUIET)
-        trainer = make_trainer(config, data, prepare_model(config))
-        count = trainer.steps()
-        trainer.train()
-        assert trainer.state.global_step == count, more
-
-
-def test_a_projector_to_start_from(shared, tmp_path, monkeypatch):
-    """What reads it is tested where it is; here: it is asked, of a patched model."""
-    asked = []
-
-    def load_projector(model, path):
-        asked.append((fastprompt.patch_of(model).model is model, path))
-
-    importers = SimpleNamespace(load_projector=load_projector)
-    monkeypatch.setitem(sys.modules, "fastprompt.importers", importers)
-    prepare_model(config_of(shared, tmp_path))
-    assert not asked
-    prepare_model(config_of(shared, tmp_path, projector="mm_projector.bin"))
-    assert asked == [(True, "mm_projector.bin")]
-
-
-def test_longer_images_make_room_in_the_processor(shared, tmp_path):
-    """`Patch.prepare` is asked before an image's tokens are counted."""
-
-    class Prepares:
-        def prepare(self, processor):
-            processor.num_additional_image_tokens += 3
-
-    config = config_of(shared, tmp_path, visual_prompts="raw")
-    assert prepare_data(config, QUIET, Prepares()).template.image_tokens == 7
-    assert prepare_data(replace(config, visual_prompts="drop"), QUIET).template.image_tokens == 4
-
-
-def test_refusals_of_options(shared, tmp_path, monkeypatch, capsys):
-    config = config_of(shared, tmp_path, pack=True)
-    patch = prepare_model(config)
-    data = prepare_data(config, QUIET)
-    patch.anatomy.tower("text").family = "gpt"
-    with pytest.raises(TrainingError, match="pack: want a language model of llama"):
-        make_trainer(config, data, patch)
-    monkeypatch.setattr(preparing, "find_spec", lambda name: None)
-    with pytest.raises(TrainingError, match="tensorboard: want the package"):
-        make_trainer(replace(config, pack=False, tensorboard=True), data, patch)
-    with pytest.raises(TrainingError, match="want eval_data or hold_out, got both"):
-        prepare_data(replace(config, hold_out=2, eval_data=config.data), QUIET)
-    options = ["--data", *config.data, "--out", str(tmp_path / "x")]
-    assert main(["train", "--model", str(tmp_path / "none"), *options]) == 2
-    assert "error: " in capsys.readouterr().out
-    conversations.tokenizer().save_pretrained(tmp_path / "text")
-    (tmp_path / "text" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(TrainingError, match="want the processor of a vision-language model"):
-        prepare_data(replace(config, model=str(tmp_path / "text")), QUIET)
-
-
-def test_what_is_seen(shared, tmp_path):
-    """A bar on a terminal, lines elsewhere; both end with the last step."""
-    for terminal in (True, False):
-        out = io.StringIO()
-        console = Console(file=out, force_terminal=terminal, width=100, soft_wrap=True)
-        config = config_of(shared, tmp_path / str(terminal), hold_out=4, max_steps=5)
-        train_(config, console=console)
-        said = out.getvalue()
-        for word in ("26 rows, 4 held out", "5 steps of 4 rows", "tokens/s", "MB", "0:00 left"):
-            assert word in said, (terminal, word)
-        assert "held-out loss" in said and "5/5" in said
-
-
 def test_a_killed_write_of_metrics_is_passed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_the_newest_checkpoint_is_by_number(tmp_path):
+    for name in ("checkpoint-4", "checkpoint-12", "checkpoint-8", "checkpoint-x", "best"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".checkpoint-16.partial" / "checkpoint-16").mkdir(parents=True)
+    assert last_checkpoint(tmp_path).name == "checkpoint-12"
+    assert not (tmp_path / ".checkpoint-16.partial").exists()
+    assert last_checkpoint(tmp_path / "best") is None
