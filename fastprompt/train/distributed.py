@@ -1,7 +1,7 @@
 """More than one process: which one this is, what they send, and steps without an image.
 
-Started by ``torchrun`` or ``accelerate launch``; transformers' Trainer wraps the model in DDP, which
-adds up the gradients of what trains and sends nothing else.
+Started by ``torchrun`` or ``accelerate launch``; transformers' Trainer wraps the model in DDP,
+which adds up the gradients of what trains and sends nothing else.
 """
 
 from __future__ import annotations
