@@ -29,6 +29,7 @@ NEEDS = {
     "test_instruction_demo.py": "matplotlib",
     "test_train.py": "PIL",
     "test_train_parts.py": "PIL",
+    "test_train_processes.py": "PIL",
     "test_train_rows.py": "PIL",
     "test_train_batches.py": "PIL",
     "test_train_templates.py": "jinja2",

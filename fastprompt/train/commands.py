@@ -14,6 +14,7 @@ from transformers.utils import logging
 from fastprompt.train import preparing, run, run_folder, showing
 from fastprompt.train.checking import TrainingError
 from fastprompt.train.config import TrainConfig, add_options, given_options, read_yaml
+from fastprompt.train.distributed import rank
 from fastprompt.train.templates import IGNORE
 
 
@@ -94,7 +95,7 @@ def _console() -> Console:
     """Where all is printed; transformers' own bars and warnings are kept out of it."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    return Console(soft_wrap=True)
+    return Console(soft_wrap=True, quiet=rank() > 0)
 
 
 def _parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from fastprompt import checkpoint
 from fastprompt.files import replace
+from fastprompt.train.distributed import asked_of_any
 from fastprompt.train.trainer import PromptTrainer
 
 METRICS = "metrics.jsonl"
@@ -110,7 +111,8 @@ class StopOnSignal(TrainerCallback):
         self.restore()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.asked:
+        if asked_of_any(self.asked, args.device):
+            self.asked = True
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs) -> None:

@@ -15,6 +15,7 @@ from fastprompt.reporting import count
 from fastprompt.train import run_folder
 from fastprompt.train.checking import Problems
 from fastprompt.train.config import TrainConfig
+from fastprompt.train.distributed import of_the_first, processes, sent_bytes
 from fastprompt.train.preparing import Data, make_trainer, prepare_data, prepare_model
 from fastprompt.train.progress import METRICS, Bar, KeepBest, Metrics, StopOnSignal, read_metrics
 from fastprompt.train.trainer import PromptTrainer
@@ -63,11 +64,12 @@ def train(
         ValueError: a model or an option that is not served.
     """
     console, folder = console or Console(), Path(config.out)
-    resumes = resume and run_folder.holds_run(folder)
+    there = of_the_first(run_folder.holds_run(folder))
+    resumes = resume and there
     if resumes:
         run_folder.check_same(folder, config)
         torch.set_num_threads(run_folder.read_run(folder)["threads"])  # sums depend on it
-    else:
+    elif there:
         run_folder.check_new(folder)
     patch = prepare_model(config)
     data = prepare_data(config, console, patch)
@@ -130,11 +132,15 @@ def _headline(trainer: PromptTrainer, data: Data, patch: Patch) -> str:
     config, share = trainer.config, sum(p.numel() for p in patch.trainable.values())
     held = "" if data.held_out is None else f", {len(data.held_out):,} held out"
     left = f", {len(data.problems):,} bad ones left out" if data.problems else ""
-    return (
+    text = (
         f"{patch.method}: {share:,} parameters train ({100 * share / count(patch.model):.3f}%)\n"
         f"{len(data.train):,} rows{held}{left}; {trainer.steps():,} steps of "
-        f"{config.batch_size * config.accumulate} rows; writing to {config.out}"
+        f"{config.batch_size * config.accumulate * processes()} rows; writing to {config.out}"
     )
+    if processes() > 1:
+        sent = sent_bytes(list(patch.trainable.values()), processes())
+        text += f"\n{processes()} processes; each sends {sent:,} bytes of gradients a step"
+    return text
 
 
 def rerun(

@@ -18,6 +18,7 @@ from fastprompt.patching import patch_of
 from fastprompt.train.batches import ABOUT, Collator, Examples, Order
 from fastprompt.train.checking import Problems, TrainingError
 from fastprompt.train.config import TrainConfig
+from fastprompt.train.distributed import sees, zero_of_a_blank_image
 from fastprompt.train.templates import IGNORE
 from fastprompt.trainer import TOKENS
 
@@ -56,6 +57,7 @@ class PromptTrainer(Trainer):
         self.spoiled = ""  # what of it is not finite
         self.skipped: list[str] = []  # steps whose loss or gradient was not finite
         self._staging: Path | None = None
+        self._patch = patch_of(model)
         super().__init__(
             model=model,
             args=arguments(config),
@@ -97,10 +99,12 @@ class PromptTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Any:
-        """With a loss that has no graph (texts alone, where only visual parts train) made fit for
-        a backward that reaches no parameter."""
+        """Of texts alone with a blank image, if parts that see images train: see `distributed`."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        return loss if loss.requires_grad else loss + loss.new_zeros((), requires_grad=True)
+        if "pixel_values" not in inputs and sees(self._patch):
+            data = self.train_dataset
+            loss = loss + zero_of_a_blank_image(self._patch, data.process, data.dtype)
+        return loss
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -194,6 +198,7 @@ def arguments(config: TrainConfig) -> TrainingArguments:
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # each step reaches all that trains
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
         report_to=["tensorboard"] if config.tensorboard else [],
