@@ -26,7 +26,7 @@ def test_every_link_leads_somewhere():
 def test_the_file_tree_is_the_tree():
     tree = (ROOT / "docs" / "structure.md").read_text().split("```")[1]
     inside = {name for line in tree.splitlines() if line.startswith("  ")
-              for name in re.findall(r"[\w/]+\.py|\w+/", line[:20])}  # fmt: skip
+              for name in re.findall(r"[\w/]+\.py|\w+/", line[:24])}  # fmt: skip
     there = {p.name for p in (ROOT / "fastprompt").glob("*.py")} - {"__init__.py"}
     there |= {f"{p.name}/" for p in (ROOT / "fastprompt").iterdir() if (p / "__init__.py").exists()}
     assert inside == there
