@@ -23,12 +23,14 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastprompt import recorder
-from fastprompt.families import Block
+from fastprompt.families import Block, Tower
 from fastprompt.ops import prompt_attention, reference
 from fastprompt.prompts import Prompt
 from fastprompt.rotation import rotate
 
 NAME = "fastprompt"
+# transformers hands rows of several images over whole where the name says flash, else one by one
+PACKED = "fastprompt_flash"
 ATTRIBUTE = "_fastprompt"
 CHOICE = "fastprompt_choice"  # the keyword under which a pool's choice comes down to its blocks
 
@@ -78,10 +80,17 @@ class SideKeys:
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[S, P, D], rows of hidden states -> keys and values [S, Hkv, P, d], not rotated."""
         block = self.block
-        rows = block.norm(rows.to(block.norm.weight.dtype))
-        heads = (*rows.shape[:-1], -1, block.head_dim)
-        k, v = block.k_proj(rows).view(heads), block.v_proj(rows).view(heads)
-        if block.k_norm is not None:
+        rows = rows.to(block.like.weight.dtype)
+        if block.norm is not None:
+            rows = block.norm(rows)
+        if block.fused:  # queries, keys and values side by side
+            k, v = block.k_proj(rows)[..., -2 * block.kv_width :].chunk(2, dim=-1)
+        else:
+            k, v = block.k_proj(rows), block.v_proj(rows)
+        if block.k_norm_whole:
+            k = block.k_norm(k)
+        k, v = (x.unflatten(-1, (-1, block.head_dim)) for x in (k, v))
+        if block.k_norm is not None and not block.k_norm_whole:
             k = block.k_norm(k)
         return k.transpose(1, 2), v.transpose(1, 2)
 
@@ -114,6 +123,11 @@ class SideKeys:
         )
         versions = tuple((id(t), t.data_ptr(), t._version) for t in tensors)
         return dtype, str(self.prompt.tokens.device), autocast, adapters, versions
+
+
+def name_for(tower: Tower) -> str:
+    """The attention implementation that a patched tower's config names."""
+    return PACKED if tower.packed else NAME
 
 
 def block_modules(block: Block) -> list[nn.Module]:
@@ -154,7 +168,9 @@ def attention_forward(
         )
     window = kwargs.get("sliding_window")
     masks = as_options(module, attention_mask, is_causal, window, query.shape[0], query.shape[2])
-    if side.prompt is None and side.previous in ("eager", "sdpa"):
+    if side.block.packed:
+        masks |= {f"cu_seqlens_{x}": kwargs.get(f"cu_seq_lens_{x}") for x in "qk"}
+    if side.prompt is None and side.previous in ("eager", "sdpa") and not side.block.packed:
         rest = dict(kwargs, dropout=dropout, scaling=scaling, is_causal=is_causal)
         return _without_prompt(side.previous, module, query, key, value, masks, rest)
 
@@ -170,7 +186,7 @@ def attention_forward(
     if index is not None:
         options["prompt_index"] = index
     recorder.record(side.block.name, inputs, options)
-    if side.previous == "eager":
+    if side.previous == "eager" and not side.block.packed:
         out, weights = reference.prompt_attention_with_weights(*inputs, dropout=dropout, **options)
         return out.transpose(1, 2), weights
     if dropout:
@@ -282,6 +298,7 @@ def _is_sliding_window(mask_function) -> bool:
 
 def register() -> None:
     """Make "fastprompt" known to transformers; twice does no harm."""
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
-    assert NAME in ALL_MASK_ATTENTION_FUNCTIONS
+    for name in (NAME, PACKED):
+        AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, attention_mask)
+        assert name in ALL_MASK_ATTENTION_FUNCTIONS

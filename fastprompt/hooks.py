@@ -11,13 +11,17 @@ from torch import Tensor, nn
 from fastprompt.families import Tower
 
 
+@dataclass(eq=False)
 class CountFromText:
     """Forward pre-hook of a rotary language model: positions count from each row's first token.
 
     A plain forward of transformers lets a left-padded row start at the padding; prompts at
     positions -P .. -1 would then stand before the padding. Base logits do not change (rotary scores
-    depend on differences alone), and `generate` does the same itself.
+    depend on differences alone), and `generate` does the same itself. Also of a vision-language
+    model that makes its language model's masks; then ``first`` is where its texts begin.
     """
+
+    first: int = 0
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -30,6 +34,7 @@ class CountFromText:
             return None
         padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
         positions = (torch.arange(mask.shape[1], device=mask.device) - padding).clamp(min=0)
+        positions = positions + self.first
         positions = positions[:, -tokens.shape[1] :].to(tokens.device)
         return (), given | {"position_ids": positions}
 

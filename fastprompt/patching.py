@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -223,7 +224,7 @@ def _check_model(model: nn.Module) -> None:
 def _check_devices(anatomy: Anatomy) -> None:
     for tower in anatomy.towers:
         for block in tower.blocks:
-            if block.norm.weight.device.type == "meta":
+            if block.like.weight.device.type == "meta":
                 raise ValueError(
                     f"{block.name}: want weights on a device, got offloaded ones (not served yet)"
                 )
@@ -293,7 +294,7 @@ def _train(done: Patch, part: str, name: str) -> None:
 
 def _add_prompt(done: Patch, tower: Tower, layer: int) -> None:
     block = tower.blocks[layer]
-    prompt = done.method.prompt(tower.kind, layer, _row(block.norm.weight))
+    prompt = done.method.prompt(tower.kind, layer, _row(block.like.weight))
     if prompt is None:
         return
     _add_child(done, block.layer, block.name, prompt)
@@ -314,7 +315,7 @@ def _row(weight: Tensor) -> Tensor:
 
 def _add_pool(done: Patch, pool: Pool) -> None:
     tower = pool.tower
-    keys = pool.method.shared_keys(_row(tower.blocks[0].norm.weight))
+    keys = pool.method.shared_keys(_row(tower.blocks[0].like.weight))
     if keys is not None:
         _add_child(done, tower.model, tower.name, keys)
         done.replaced[join(tower.name, CHILD)] = f"{len(keys.keys)} pool keys, trains"
@@ -337,6 +338,7 @@ def _switch_configs(done: Patch, towers: list[Tower]) -> None:
         )
         model.all_tied_weights_keys, model.config.tie_word_embeddings = {}, False
     for tower in towers:
+        _keep_apart(tower)
         previous = tower.model.config._attn_implementation or "eager"
         for block in [*tower.blocks, *tower.unread]:
             prompt = getattr(block.layer, CHILD, None)
@@ -345,14 +347,30 @@ def _switch_configs(done: Patch, towers: list[Tower]) -> None:
             vars(block.attention)[attention.ATTRIBUTE] = side
             done._undo.append(("side keys", block.attention))
             # not the property: that would also switch the config's other parts
-            block.attention.config._attn_implementation_internal = attention.NAME
-        tower.model.config._attn_implementation_internal = attention.NAME
+            block.attention.config._attn_implementation_internal = attention.name_for(tower)
+        tower.model.config._attn_implementation_internal = attention.name_for(tower)
+
+
+def _keep_apart(tower: Tower) -> None:
+    """Give modules beside a tower's blocks (a pooling head) a config that stays as it was.
+
+    They make masks for an attention that is not ours. Of the tower's own modules only the blocks'
+    attentions and what these are in are switched.
+    """
+    attentions = {id(block.attention) for block in (*tower.blocks, *tower.unread)}
+    modules = dict(tower.model.named_modules())
+    inside = [name for name, module in modules.items() if id(module) in attentions]
+    switched = {""}.union(*(accumulate(name.split("."), join) for name in inside))
+    own, apart = tower.model.config, copy.deepcopy(tower.model.config)
+    for name, module in modules.items():
+        if name not in switched and getattr(module, "config", None) is own:
+            module.config = apart
 
 
 def _add_hooks(done: Patch, tower: Tower) -> None:
     first, switched_on = (
         hooks.GradIntoFirstBlock(tower),
-        hooks.StillSwitchedOn(tower, attention.NAME),
+        hooks.StillSwitchedOn(tower, attention.name_for(tower)),
     )
     handles = [
         tower.embeddings.register_forward_hook(first),
@@ -360,8 +378,10 @@ def _add_hooks(done: Patch, tower: Tower) -> None:
         tower.model.register_forward_pre_hook(switched_on),
     ]
     if tower.rotary is not None:
-        count = hooks.CountFromText()
-        handles.append(tower.model.register_forward_pre_hook(count, with_kwargs=True))
+        first = done.anatomy.first_position
+        counts = tower.model if first is None else done.anatomy.host
+        count = hooks.CountFromText(first or 0)
+        handles.append(counts.register_forward_pre_hook(count, with_kwargs=True))
     done._undo.append(("hooks", handles))
 
 

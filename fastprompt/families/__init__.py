@@ -2,31 +2,25 @@
 
 from torch import nn
 
-from fastprompt.families import decoders, encoders, llava
+from fastprompt.families.absolute import ABSOLUTE
 from fastprompt.families.base import TEXT, VISION, Anatomy, Block, Tower, find
+from fastprompt.families.decoders import DECODERS
+from fastprompt.families.encoders import ENCODERS
+from fastprompt.families.hosts import HOSTS
+from fastprompt.families.refused import refusal
 
-__all__ = ["TEXT", "VISION", "Anatomy", "Block", "Tower", "anatomy", "supported"]
+__all__ = ["HOSTS", "TEXT", "TOWERS", "VISION", "Anatomy", "Block", "Tower"]
+__all__ += ["anatomy", "refusal", "supported"]
 
-TOWERS = (
-    encoders.VIT,
-    encoders.DINOV2,
-    encoders.CLIP_VISION,
-    encoders.CLIP_TEXT,
-    encoders.SIGLIP_VISION,
-    encoders.SIGLIP_TEXT,
-    decoders.LLAMA,
-    decoders.MISTRAL,
-    decoders.QWEN2,
-    decoders.QWEN3,
-)
+TOWERS = (*ENCODERS, *DECODERS, *ABSOLUTE)
 
 # the attributes under which transformers keeps what is put on top of a tower
 _HEADS = {"classifier": "head", "score": "head", "lm_head": "lm_head"}
 
 
 def supported() -> list[str]:
-    """Names of the served families, in the order in which they are tried."""
-    return ["llava", *dict.fromkeys(family.name for family in TOWERS)]
+    """Names of the served families: vision-language models, vision and language towers."""
+    return [*(host.name for host in HOSTS), *dict.fromkeys(family.name for family in TOWERS)]
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -35,26 +29,24 @@ def anatomy(model: nn.Module) -> Anatomy:
     Raises:
         ValueError: an architecture, or a tower inside one, that no family serves.
     """
-    if llava.serves(model):
-        return llava.anatomy(model, TOWERS)
-    kind = getattr(getattr(model, "config", None), "model_type", "")
-    served = supported()
+    config = getattr(model, "config", None)
     # by the model's own type: inside an unknown model a served tower must not be patched silently
-    if kind not in {
-        f"{name}{part}" for name in served for part in ("", "_vision_model", "_text_model")
-    }:
-        raise ValueError(
-            f"{type(model).__name__}: want a transformers model of {', '.join(served)}; "
-            f"got {f'model_type {kind!r}' if kind else 'no transformers config'}"
-        )
-    towers = [family.tower(name, module) for name, module, family in find(model, TOWERS)]
-    if not towers:
-        raise ValueError(
-            f"{type(model).__name__}: want a model with one of {', '.join(served)} in it"
-        )
-    parts = {
+    why = refusal(config, HOSTS, TOWERS)
+    if why is not None:
+        raise ValueError(f"{type(model).__name__}: {why}")
+    found = next(((host, at) for host in HOSTS if (at := host.inside(model)) is not None), None)
+    if found is not None:
+        taken = found[0].anatomy(model, found[1], TOWERS)
+    else:
+        towers = [family.tower(name, module) for name, module, family in find(model, TOWERS)]
+        if not towers:
+            raise ValueError(
+                f"{type(model).__name__}: want a model with one of {', '.join(supported())} in it"
+            )
+        taken = Anatomy(towers[0].family, towers)
+    taken.parts |= {
         part: name
         for name, part in _HEADS.items()
         if isinstance(getattr(model, name, None), nn.Linear)
     }
-    return Anatomy(towers[0].family, towers, parts=parts)
+    return taken

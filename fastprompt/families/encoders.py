@@ -1,9 +1,11 @@
-"""Vision encoders and CLIP-like text encoders of transformers: pre-norm, learned positions.
+"""Vision encoders and CLIP-like text encoders of transformers, all pre-norm.
 
-Tokens keep their learned positions and prompts carry none, as VPT-deep has it (section 3.2 of
-arXiv 2203.12119: prompts are inserted after the position embedding).
+Tokens keep their positions and prompts carry none, as VPT-deep has it (section 3.2 of arXiv
+2203.12119: prompts are inserted after the position embedding). So where places in an image rotate
+keys, prompts are not rotated, and where they add a bias to scores (BEiT, Swin), prompts' is 0.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from fastprompt.families.base import TEXT, VISION, Layout, TowerFamily
@@ -53,33 +55,20 @@ _CLIP_LAYER = replace(
     dropout="dropout",
 )
 
-VIT = TowerFamily(
-    "vit",
-    VISION,
-    ("ViTModel",),
-    (Layout("layers", "attention", "layernorm_before", "embeddings", blocks=(_VIT_LAYER,)),),
-)
 
-_DINOV2 = Layout("layers", "attention", "norm1", "embeddings", blocks=_DINOV2_LAYERS)
+def _vit(name: str, model: str, layer: str) -> TowerFamily:
+    blocks = (replace(_VIT_LAYER, layer=layer),)
+    layout = Layout("layers", "attention", "layernorm_before", "embeddings", blocks=blocks)
+    return TowerFamily(name, VISION, (model,), (name,), (layout,))
 
-DINOV2 = TowerFamily(
-    "dinov2",
-    VISION,
-    ("Dinov2Model", "Dinov2Backbone"),
-    (
-        _DINOV2,
-        replace(_DINOV2, layers="encoder.layers"),
-        replace(_DINOV2, layers="encoder.layer"),
-        # transformers 5.17
-        replace(
-            _DINOV2,
-            layers="encoder.layer",
-            attention="attention.attention",
-            k_proj="key",
-            v_proj="value",
-        ),
-    ),
-)
+
+def _dinov2(layer: str) -> tuple[Layout, ...]:
+    blocks = tuple(replace(each, layer=layer) for each in _DINOV2_LAYERS)
+    first = Layout("layers", "attention", "norm1", "embeddings", blocks=blocks)
+    deeper = replace(first, layers="encoder.layer")
+    # transformers 5.17
+    older = replace(deeper, attention="attention.attention", k_proj="key", v_proj="value")
+    return first, replace(first, layers="encoder.layers"), deeper, older
 
 
 def _clip(layer: str, hands_on: bool) -> tuple[Layout, ...]:
@@ -93,11 +82,73 @@ def _clip(layer: str, hands_on: bool) -> tuple[Layout, ...]:
     return first, *deeper
 
 
-_CLIP, _SIGLIP = _clip("CLIPEncoderLayer", True), _clip("SiglipEncoderLayer", False)
+def _two_towers(name: str, stem: str, hands_on: bool) -> Iterator[TowerFamily]:
+    layouts = _clip(f"{stem}EncoderLayer", hands_on)
+    for kind, part in ((VISION, "Vision"), (TEXT, "Text")):
+        classes = (f"{stem}{part}Model", f"{stem}{part}Transformer")
+        yield TowerFamily(name, kind, classes, (f"{name}_{kind}_model",), layouts)
 
-CLIP_VISION = TowerFamily("clip", VISION, ("CLIPVisionModel", "CLIPVisionTransformer"), _CLIP)
-CLIP_TEXT = TowerFamily("clip", TEXT, ("CLIPTextModel", "CLIPTextTransformer"), _CLIP)
-SIGLIP_VISION = TowerFamily(
-    "siglip", VISION, ("SiglipVisionModel", "SiglipVisionTransformer"), _SIGLIP
+
+def _of_a_host(name: str, model: str, layer: str) -> TowerFamily:
+    """A SigLIP by another name, inside a vision-language model."""
+    return TowerFamily(name, VISION, (model,), (name,), _clip(layer, False))
+
+
+def _rotated(name: str, model: str, layout: Layout) -> TowerFamily:
+    return TowerFamily(name, VISION, (model,), (name,), (layout,))
+
+
+# images of all samples follow one another in one row without a batch axis
+_QWEN = Layout("blocks", "attn", "norm1", "patch_embed", k_proj="qkv", v_proj="qkv", packed=True)
+
+ENCODERS = (
+    _vit("vit", "ViTModel", "ViTLayer"),
+    _vit("deit", "DeiTModel", "DeiTLayer"),
+    TowerFamily(
+        "dinov2",
+        VISION,
+        ("Dinov2Model", "Dinov2Backbone"),
+        ("dinov2",),
+        _dinov2("Dinov2Layer"),
+    ),
+    TowerFamily(
+        "dinov2_with_registers",
+        VISION,
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
+        ("dinov2_with_registers",),
+        _dinov2("Dinov2WithRegistersLayer"),
+    ),
+    _rotated(
+        "dinov3_vit", "DINOv3ViTModel", Layout("model.layer", "attention", "norm1", "embeddings")
+    ),
+    *_two_towers("clip", "CLIP", True),
+    *_two_towers("siglip", "Siglip", False),
+    *_two_towers("siglip2", "Siglip2", False),
+    # relative positions are added to scores, as a mask
+    _vit("beit", "BeitModel", "none"),
+    # windows are samples to its attention: each sees the prompts
+    TowerFamily(
+        "swin",
+        VISION,
+        ("SwinModel",),
+        ("swin",),
+        (Layout("encoder.layers.*.blocks", "attention", "layernorm_before", "embeddings.norm"),),
+    ),
+    TowerFamily(
+        "internvl_vision",
+        VISION,
+        ("InternVLVisionModel",),
+        ("internvl_vision",),
+        (Layout("encoder.layer", "attention", "layernorm_before", "embeddings"),),
+    ),
+    _of_a_host("idefics3_vision", "Idefics3VisionTransformer", "Idefics3EncoderLayer"),
+    _of_a_host("smolvlm_vision", "SmolVLMVisionTransformer", "SmolVLMEncoderLayer"),
+    _rotated(
+        "pixtral",
+        "PixtralVisionModel",
+        Layout("transformer.layers", "attention", "attention_norm", "ln_pre"),
+    ),
+    _rotated("qwen2_vl_vision", "Qwen2VisionTransformerPretrainedModel", _QWEN),
+    _rotated("qwen2_5_vl_vision", "Qwen2_5_VisionTransformerPretrainedModel", _QWEN),
+    _rotated("qwen3_vl_vision", "Qwen3VLVisionModel", _QWEN),
 )
-SIGLIP_TEXT = TowerFamily("siglip", TEXT, ("SiglipTextModel", "SiglipTextTransformer"), _SIGLIP)

@@ -135,7 +135,7 @@ class Pool:
             yield
         finally:
             for config in configs:
-                config._attn_implementation_internal = attention.NAME
+                config._attn_implementation_internal = attention.name_for(self.tower)
             for module in training:
                 module.training = True
 
