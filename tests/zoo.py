@@ -24,7 +24,8 @@ class Row:
         build: makes the model, in training mode, with its own initial weights.
         inputs: its forward's keyword arguments, of a dtype.
         vision, text: whether it has such a tower.
-        eager: whether attention beside which ours is held has to be "eager" (soft-capped scores).
+        generates: whether it has ``generate``.
+        next_type: the ``token_type_ids`` of a token that it generates.
     """
 
     build: Callable[[], nn.Module]
@@ -32,6 +33,7 @@ class Row:
     vision: bool = False
     text: bool = False
     generates: bool = False
+    next_type: int = 0
 
 
 def _ids(images: int = 0, length: int = 11, batch: int = 2) -> Tensor:
@@ -64,6 +66,12 @@ def _said(ids: Tensor, **images) -> dict[str, Any]:
 def _seen(count: int, **more) -> Callable[[torch.dtype], dict[str, Any]]:
     """A text with one image of ``count`` rows in each sample."""
     return lambda dtype: _said(_ids(count), **_pixels(dtype), **more)
+
+
+def _prefix(dtype: torch.dtype) -> dict[str, Any]:
+    """PaliGemma's: all that is given is a prefix, whose tokens see one another."""
+    given = _seen(4)(dtype)
+    return given | dict(token_type_ids=torch.zeros_like(given["input_ids"]))
 
 
 def _types(count: int) -> Callable[[torch.dtype], dict[str, Any]]:
@@ -112,7 +120,9 @@ def _heads(name: str, config: str | None = None, **more) -> Row:
     return Row(lambda: cls(own(**_VISION | dict(num_labels=5) | more)), _pixels, vision=True)
 
 
-def _both(name: str, inputs: Callable, *, vision: Any, text: Any, **more) -> Row:
+def _both(
+    name: str, inputs: Callable, *, vision: Callable, text: Callable, next_type: int = 0, **more
+) -> Row:
     """A vision-language model."""
     config = getattr(tf, f"{name}Config")
     ids = dict(image_token_id=IMAGE, image_token_index=IMAGE)
@@ -124,6 +134,7 @@ def _both(name: str, inputs: Callable, *, vision: Any, text: Any, **more) -> Row
         vision=True,
         text=True,
         generates=True,
+        next_type=next_type,
     )
 
 
@@ -293,9 +304,10 @@ ROWS = {
     ),
     "paligemma": _both(
         "PaliGemma",
-        _types(4),
+        _prefix,
         vision=tiny.VISION_CONFIGS["siglip"],
         text=lambda: tf.GemmaConfig(**_TEXT),
+        next_type=1,
         projection_dim=32,
     ),
     "gemma3": _both(
