@@ -6,10 +6,12 @@ from fastprompt.checkpoint import load, read_card, save
 from fastprompt.doctor import report
 from fastprompt.families import supported
 from fastprompt.patching import Patch, patch, patch_of
+from fastprompt.support import Support, supports
 
 __version__ = "0.1.0"
 __all__ = [
     "Patch",
+    "Support",
     "load",
     "methods",
     "ops",
@@ -19,6 +21,7 @@ __all__ = [
     "report",
     "save",
     "supported",
+    "supports",
 ]
 
 register()

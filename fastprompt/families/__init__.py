@@ -1,19 +1,22 @@
 """Which models are served. First match wins; what no family serves is refused by name."""
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from fastprompt.families.absolute import ABSOLUTE
 from fastprompt.families.base import TEXT, VISION, Anatomy, Block, Tower, find
 from fastprompt.families.decoders import DECODERS
 from fastprompt.families.encoders import ENCODERS
 from fastprompt.families.hosts import HOSTS
-from fastprompt.families.refused import refusal
+from fastprompt.families.refused import REASONS
 
-__all__ = ["HOSTS", "TEXT", "TOWERS", "VISION", "Anatomy", "Block", "Tower"]
+__all__ = ["HOSTS", "REASONS", "TEXT", "TOWERS", "VISION", "Anatomy", "Block", "Tower"]
 __all__ += ["anatomy", "refusal", "supported"]
 
 TOWERS = (*ENCODERS, *DECODERS, *ABSOLUTE)
 
+# configs of models that hold two towers side by side, without a host
+_PAIRS = ("clip", "siglip", "siglip2")
 # the attributes under which transformers keeps what is put on top of a tower
 _HEADS = {"classifier": "head", "score": "head", "lm_head": "lm_head"}
 
@@ -23,15 +26,39 @@ def supported() -> list[str]:
     return [*(host.name for host in HOSTS), *dict.fromkeys(family.name for family in TOWERS)]
 
 
+def refusal(config: PreTrainedConfig | None) -> str | None:
+    """Why no model with this config can be patched; None: one can."""
+    if getattr(config, "model_type", "") not in {host.name for host in HOSTS}:
+        return _refusal(config, supported())
+    for part in ("vision_config", "text_config"):
+        why = _refusal(getattr(config, part), list(dict.fromkeys(f.name for f in TOWERS)))
+        if why is not None:
+            return f"{part}: {why}"
+    return None
+
+
+def _refusal(config: PreTrainedConfig | None, wanted: list[str]) -> str | None:
+    kind = getattr(config, "model_type", "")
+    if kind in REASONS:
+        return f"{kind} is not served: {REASONS[kind]}"
+    serving = [family for family in TOWERS if kind in family.types]
+    if serving:
+        why = serving[0].refuses(config)
+        return why and f"{kind} {why}"
+    if kind in _PAIRS:
+        return None
+    got = f"model_type {kind!r}" if kind else "no transformers config"
+    return f"want a transformers model of {', '.join(wanted)}; got {got}"
+
+
 def anatomy(model: nn.Module) -> Anatomy:
     """Take a model of transformers apart.
 
     Raises:
         ValueError: an architecture, or a tower inside one, that no family serves.
     """
-    config = getattr(model, "config", None)
     # by the model's own type: inside an unknown model a served tower must not be patched silently
-    why = refusal(config, HOSTS, TOWERS)
+    why = refusal(getattr(model, "config", None))
     if why is not None:
         raise ValueError(f"{type(model).__name__}: {why}")
     found = next(((host, at) for host in HOSTS if (at := host.inside(model)) is not None), None)

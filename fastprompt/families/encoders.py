@@ -56,10 +56,15 @@ _CLIP_LAYER = replace(
 )
 
 
+def _family(name: str, model: str, *layouts: Layout) -> TowerFamily:
+    return TowerFamily(name, VISION, (model,), (name,), layouts)
+
+
+_VIT = Layout("layers", "attention", "layernorm_before", "embeddings")
+
+
 def _vit(name: str, model: str, layer: str) -> TowerFamily:
-    blocks = (replace(_VIT_LAYER, layer=layer),)
-    layout = Layout("layers", "attention", "layernorm_before", "embeddings", blocks=blocks)
-    return TowerFamily(name, VISION, (model,), (name,), (layout,))
+    return _family(name, model, replace(_VIT, blocks=(replace(_VIT_LAYER, layer=layer),)))
 
 
 def _dinov2(layer: str) -> tuple[Layout, ...]:
@@ -89,15 +94,6 @@ def _two_towers(name: str, stem: str, hands_on: bool) -> Iterator[TowerFamily]:
         yield TowerFamily(name, kind, classes, (f"{name}_{kind}_model",), layouts)
 
 
-def _of_a_host(name: str, model: str, layer: str) -> TowerFamily:
-    """A SigLIP by another name, inside a vision-language model."""
-    return TowerFamily(name, VISION, (model,), (name,), _clip(layer, False))
-
-
-def _rotated(name: str, model: str, layout: Layout) -> TowerFamily:
-    return TowerFamily(name, VISION, (model,), (name,), (layout,))
-
-
 # images of all samples follow one another in one row without a batch axis
 _QWEN = Layout("blocks", "attn", "norm1", "patch_embed", k_proj="qkv", v_proj="qkv", packed=True)
 
@@ -118,37 +114,29 @@ ENCODERS = (
         ("dinov2_with_registers",),
         _dinov2("Dinov2WithRegistersLayer"),
     ),
-    _rotated(
+    _family(
         "dinov3_vit", "DINOv3ViTModel", Layout("model.layer", "attention", "norm1", "embeddings")
     ),
     *_two_towers("clip", "CLIP", True),
     *_two_towers("siglip", "Siglip", False),
     *_two_towers("siglip2", "Siglip2", False),
     # relative positions are added to scores, as a mask
-    _vit("beit", "BeitModel", "none"),
+    _family("beit", "BeitModel", _VIT),
     # windows are samples to its attention: each sees the prompts
-    TowerFamily(
+    _family(
         "swin",
-        VISION,
-        ("SwinModel",),
-        ("swin",),
-        (Layout("encoder.layers.*.blocks", "attention", "layernorm_before", "embeddings.norm"),),
+        "SwinModel",
+        replace(_VIT, layers="encoder.layers.*.blocks", embeddings="embeddings.norm"),
     ),
-    TowerFamily(
-        "internvl_vision",
-        VISION,
-        ("InternVLVisionModel",),
-        ("internvl_vision",),
-        (Layout("encoder.layer", "attention", "layernorm_before", "embeddings"),),
-    ),
-    _of_a_host("idefics3_vision", "Idefics3VisionTransformer", "Idefics3EncoderLayer"),
-    _of_a_host("smolvlm_vision", "SmolVLMVisionTransformer", "SmolVLMEncoderLayer"),
-    _rotated(
+    _family("internvl_vision", "InternVLVisionModel", replace(_VIT, layers="encoder.layer")),
+    _family("idefics3_vision", "Idefics3VisionTransformer", *_clip("Idefics3EncoderLayer", False)),
+    _family("smolvlm_vision", "SmolVLMVisionTransformer", *_clip("SmolVLMEncoderLayer", False)),
+    _family(
         "pixtral",
         "PixtralVisionModel",
         Layout("transformer.layers", "attention", "attention_norm", "ln_pre"),
     ),
-    _rotated("qwen2_vl_vision", "Qwen2VisionTransformerPretrainedModel", _QWEN),
-    _rotated("qwen2_5_vl_vision", "Qwen2_5_VisionTransformerPretrainedModel", _QWEN),
-    _rotated("qwen3_vl_vision", "Qwen3VLVisionModel", _QWEN),
+    _family("qwen2_vl_vision", "Qwen2VisionTransformerPretrainedModel", _QWEN),
+    _family("qwen2_5_vl_vision", "Qwen2_5_VisionTransformerPretrainedModel", _QWEN),
+    _family("qwen3_vl_vision", "Qwen3VLVisionModel", _QWEN),
 )

@@ -64,6 +64,9 @@ class PoolMethod(Method):
         if anatomy.host is not None:
             raise ValueError(f"{kind}: want a vision model, got {anatomy.family}")
         super().check(anatomy)
+        family = anatomy.tower(VISION).family
+        if family not in FAMILIES:
+            raise ValueError(f"{kind}: want one of {', '.join(FAMILIES)}; got {family}")
         depth = len(anatomy.tower(VISION).blocks)
         for name, layers in self.used_layers().items():
             if not isinstance(layers, tuple) or len({*layers}) != len(layers):
