@@ -40,9 +40,10 @@ class SideKeys:
     """What an attention module of a patched tower knows of its block."""
 
     block: Block
-    prompt: Prompt | None  # None: a block without a prompt
+    prompt: Prompt | None  # None: an attention without a prompt
     previous: str  # the attention implementation that the tower had
     backend: str = "auto"
+    by_need: bool = False  # it had "eager" for lack of another that transformers has for it
 
     def for_batch(
         self, dtype: torch.dtype, choice: Tensor | None
@@ -170,6 +171,12 @@ def attention_forward(
     masks = as_options(module, attention_mask, is_causal, window, query.shape[0], query.shape[2])
     if side.block.packed:
         masks |= {f"cu_seqlens_{x}": kwargs.get(f"cu_seq_lens_{x}") for x in "qk"}
+    bias = kwargs.pop("position_bias", None)
+    if bias is not None:  # T5's, over prompts first
+        rows = bias.shape[-1] - key.shape[2]
+        bias = bias.detach()  # frozen; reentrant checkpointing says that it wants a gradient
+        bias, of_prompts = bias[..., rows:], bias[..., :rows]
+        masks["attn_mask"] = _with_mask(bias, masks.get("attn_mask"))
     if side.prompt is None and side.previous in ("eager", "sdpa") and not side.block.packed:
         rest = dict(kwargs, dropout=dropout, scaling=scaling, is_causal=is_causal)
         return _without_prompt(side.previous, module, query, key, value, masks, rest)
@@ -183,15 +190,42 @@ def attention_forward(
         *prompts, index = side.for_batch(dtype, choice)
     inputs = (query, key, value, *prompts)
     options = dict(masks, scale=scaling, softcap=kwargs.get("softcap"))  # Gemma 2's
+    if bias is not None:
+        options["prompt_bias"] = of_prompts
+    sinks = kwargs.get("s_aux")
+    if sinks is not None:
+        inputs, options["prompt_bias"] = _with_sinks(inputs, sinks)
     if index is not None:
         options["prompt_index"] = index
     recorder.record(side.block.name, inputs, options)
-    if side.previous == "eager" and not side.block.packed:
+    wants_weights = not side.by_need or kwargs.get("output_attentions")
+    if side.previous == "eager" and wants_weights and not side.block.packed:
         out, weights = reference.prompt_attention_with_weights(*inputs, dropout=dropout, **options)
+        if sinks is not None:
+            P = prompts[0].shape[-2]
+            weights = torch.cat([weights[..., :P], weights[..., P + 1 :]], dim=-1)
         return out.transpose(1, 2), weights
     if dropout:
         return _with_dropout(*inputs, dropout, options).transpose(1, 2), None
     return prompt_attention(*inputs, backend=side.backend, **options).transpose(1, 2), None
+
+
+def _with_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _with_sinks(inputs: tuple[Tensor, ...], sinks: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """gpt-oss's: a score [Hq] in each row's softmax that has no value.
+
+    That is what one more prompt is whose key and value are 0 and whose bias is that score.
+    """
+    query, key, value, *prompts = inputs
+    prompts = [F.pad(x, (0, 0, 0, 1)) for x in prompts]
+    bias = query.new_zeros(1, query.shape[1], 1, prompts[0].shape[-2])
+    bias[..., -1] = sinks[:, None]
+    return (query, key, value, *prompts), bias.expand(-1, -1, query.shape[2], -1)
 
 
 def as_options(
@@ -238,13 +272,19 @@ def _with_dropout(query, key, value, prompt_k, prompt_v, dropout, options) -> Te
         prompt_k, prompt_v = prompt_k[index], prompt_v[index]
     if options.pop("softcap") is not None:
         raise ValueError("attention dropout: want none beside soft-capping (SDPA has no such pair)")
+    bias = options.pop("prompt_bias", None)
     mask = reference.additive_mask(query.shape[2], key.shape[2], query, **options)
+    if bias is None:
+        mask = F.pad(mask, (P, 0))
+    else:
+        lead = torch.broadcast_shapes(mask.shape[:-1], bias.shape[:-1])
+        mask = torch.cat([x.expand(*lead, -1) for x in (bias, mask)], dim=-1)
     key, value = (
         torch.cat([prompt.expand(B, -1, -1, -1), x], dim=2)
         for prompt, x in ((prompt_k, key), (prompt_v, value))
     )
     return F.scaled_dot_product_attention(
-        query, key, value, F.pad(mask, (P, 0)), dropout_p=dropout, scale=scale,
+        query, key, value, mask, dropout_p=dropout, scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
 

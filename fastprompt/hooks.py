@@ -101,6 +101,36 @@ class GradIntoFirstBlock:
 
 
 @dataclass(eq=False)
+class BiasOfPrompts:
+    """Stands in for ``compute_bias`` of T5's first attention, whose bias every block adds.
+
+    [1, H, N, P + M]: the bias that keys at -P .. -1 have, before that of the tokens.
+    """
+
+    attention: nn.Module
+    rows: int
+
+    @classmethod
+    def put_on(cls, attention: nn.Module, rows: int) -> "BiasOfPrompts":
+        attention.compute_bias = made = cls(attention, rows)
+        return made
+
+    def undo(self) -> None:
+        vars(self.attention).pop("compute_bias", None)
+
+    def __call__(
+        self,
+        query_length: int,
+        key_length: int,
+        device: torch.device | None = None,
+        past_seen_tokens: int | Tensor = 0,
+    ) -> Tensor:
+        # all places move on by P, so that the first keys are those before the text
+        forward, P = type(self.attention).compute_bias, self.rows
+        return forward(self.attention, query_length, key_length + P, device, past_seen_tokens + P)
+
+
+@dataclass(eq=False)
 class Tap:
     """Whether the model that taps a vision tower is running its own forward right now.
 

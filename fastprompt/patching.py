@@ -341,14 +341,18 @@ def _switch_configs(done: Patch, towers: list[Tower]) -> None:
     for tower in towers:
         _keep_apart(tower)
         previous = tower.model.config._attn_implementation or "eager"
+        by_need = previous == "eager" and not tower.model._supports_sdpa
         for block in [*tower.blocks, *tower.unread]:
             prompt = getattr(block.layer, CHILD, None)
             make = attention.SideKeys if done.pool is None else done.pool.side_keys
-            side = make(block, prompt, previous, done.backend)
-            vars(block.attention)[attention.ATTRIBUTE] = side
-            done._undo.append(("side keys", block.attention))
-            # not the property: that would also switch the config's other parts
-            block.attention.config._attn_implementation_internal = attention.name_for(tower)
+            sides = {block.attention: make(block, prompt, previous, done.backend)}
+            sides |= {each: attention.SideKeys(block, None, previous) for each in block.without}
+            for module, side in sides.items():
+                side.by_need = by_need
+                vars(module)[attention.ATTRIBUTE] = side
+                done._undo.append(("side keys", module))
+                # not the property: that would also switch the config's other parts
+                module.config._attn_implementation_internal = attention.name_for(tower)
         tower.model.config._attn_implementation_internal = attention.name_for(tower)
 
 
@@ -358,7 +362,8 @@ def _keep_apart(tower: Tower) -> None:
     They make masks for an attention that is not ours. Of the tower's own modules only the blocks'
     attentions and what these are in are switched.
     """
-    attentions = {id(block.attention) for block in (*tower.blocks, *tower.unread)}
+    blocks = (*tower.blocks, *tower.unread)
+    attentions = {id(each) for block in blocks for each in (block.attention, *block.without)}
     modules = dict(tower.model.named_modules())
     inside = [name for name, module in modules.items() if id(module) in attentions]
     switched = {""}.union(*(accumulate(name.split("."), join) for name in inside))
@@ -384,6 +389,9 @@ def _add_hooks(done: Patch, tower: Tower) -> None:
         count = hooks.CountFromText(first or 0)
         handles.append(counts.register_forward_pre_hook(count, with_kwargs=True))
     done._undo.append(("hooks", handles))
+    if tower.bias is not None:
+        rows = done.method.lengths()[tower.kind]
+        done._undo.append(("bias", hooks.BiasOfPrompts.put_on(tower.bias, rows)))
 
 
 def _skip_unread(done: Patch) -> None:

@@ -38,6 +38,7 @@ STEPS = {
     "prompt": lambda layer: layer._modules.pop(CHILD, None),
     "side keys": lambda module: vars(module).pop(attention.ATTRIBUTE, None),
     "forward": hooks.RunIfRead.undo,
+    "bias": hooks.BiasOfPrompts.undo,
     "block": Frozen.undo,
     "hooks": _remove,
     "trainer": trainer.detach,

@@ -10,9 +10,11 @@ from test_exactness import relative
 from torch import nn
 
 import fastprompt
+from fastprompt import attention
 from fastprompt.concatenation import concatenate
-from fastprompt.methods import DeepPrompts
-from fastprompt.ops import dequantize_4bit
+from fastprompt.methods import L2P, DeepPrompts
+from fastprompt.ops import dequantize_4bit, reference
+from fastprompt.recorder import listening
 
 ALL = list(zoo.ROWS)
 GENERATES = [name for name, row in zoo.ROWS.items() if row.generates]
@@ -121,11 +123,11 @@ def four_bit(model):
     from bitsandbytes.nn import Linear4bit
     from transformers.pytorch_utils import Conv1D
 
-    whole = copy.deepcopy(model)
+    whole, left = copy.deepcopy(model), model._keep_in_fp32_modules or []  # as the loader does
     for tower in fastprompt.families.anatomy(model).towers:
         for block in tower.blocks:
             for name, layer in list(block.layer.named_modules()):
-                if not isinstance(layer, (nn.Linear, Conv1D)):
+                if not isinstance(layer, (nn.Linear, Conv1D)) or name.split(".")[-1] in left:
                     continue
                 weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
                 new = Linear4bit(
@@ -162,9 +164,15 @@ def test_four_bit_weights(name):
     assert "in 4-bit" in ours.report()
 
 
+def words(given):
+    """Which of the inputs is the text that goes on."""
+    return "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+
+
 def longer(name, given, tokens):
     """The inputs with one more token in each sample."""
-    more = dict(given, input_ids=torch.cat([given["input_ids"], tokens], dim=1))
+    text = words(given)
+    more = dict(given, **{text: torch.cat([given[text], tokens], dim=1)})
     kinds = dict(attention_mask=1, token_type_ids=zoo.ROWS[name].next_type, mm_token_type_ids=0)
     for key, fill in kinds.items():
         if key in given:
@@ -178,7 +186,8 @@ def longer(name, given, tokens):
 def test_generate_gives_the_reference_tokens(name, cache):
     ours, theirs, *_ = pair(name)
     given = zoo.inputs(name)
-    start, steps = given["input_ids"].shape[1], 5
+    text, steps = words(given), 5
+    start = given[text].shape[1]
     with torch.no_grad():
         whole = given
         for _ in range(steps):
@@ -187,10 +196,11 @@ def test_generate_gives_the_reference_tokens(name, cache):
             **given, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, eos_token_id=None,
             pad_token_id=0, **dict(cache_implementation="static") if cache == "static" else {},
         )  # fmt: skip
-    assert torch.equal(got[:, start:], whole["input_ids"][:, start:])
+    assert torch.equal(got[:, start:], whole[text][:, start:])
 
 
-@pytest.mark.parametrize("name", GENERATES)
+# T5's prompts stand before the first place of a row, and T5 pads at the right
+@pytest.mark.parametrize("name", [name for name in GENERATES if name != "t5"])
 def test_left_padding_changes_nothing(name):
     model, given = zoo.build(name), zoo.inputs(name)
     patch = fastprompt.patch(model, method_for(name))
@@ -206,3 +216,86 @@ def test_left_padding_changes_nothing(name):
             padded["position_ids"] = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         got, want = model(**padded).logits[:, 2:], model(**given).logits
     assert relative(got, want) < 1e-5  # float32 rotation
+
+
+@pytest.mark.parametrize("name", GENERATES)
+def test_the_loss_in_training_is_that_of_all_logits(name):
+    model, given = zoo.build(name), zoo.inputs(name)
+    fastprompt.patch(model)
+    labels = torch.randint(6, 63, given[words(given)].shape)
+    labels[:, :3] = -100
+    with torch.no_grad():
+        want = model(**given, labels=labels).loss
+    torch.testing.assert_close(model.train()(**given, labels=labels).loss, want)
+
+
+def test_a_pooling_head_makes_its_own_mask():
+    """SigLIP 2's: beside the blocks, for an attention that is not ours."""
+    ours, theirs, *_ = pair("siglip2 vision")
+    given = zoo.inputs("siglip2 vision")
+    with torch.no_grad():
+        got, want = (model(**given).pooler_output for model in (ours, theirs))
+    assert relative(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_packed_images_are_one_call_of_attention(name):
+    model, given, seen = zoo.build(name), zoo.inputs(name), []
+    fastprompt.patch(model, method_for(name))
+
+    def look(block, inputs, options):
+        if "visual" in block:
+            seen.append((block, options["cu_seqlens_q"].tolist()))
+
+    with torch.no_grad(), listening(look):
+        model(**given)
+    assert [block for block, _ in seen] == [f"model.visual.blocks.{i}" for i in range(3)]
+    windows = [0, 16, 32, 48] if name == "qwen2_5_vl" else [0, 16, 48]
+    assert [ends for _, ends in seen] == [windows, [0, 16, 48], windows]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_eager_for_lack_of_another_still_runs_the_kernels(name, monkeypatch):
+    model, given = zoo.build(name, torch.float32), zoo.inputs(name, torch.float32)
+    patch = fastprompt.patch(model, method_for(name))
+    with torch.no_grad():
+        out = model(**given, output_attentions=True)
+        shape = [2, 4, 11, P + 11]
+        assert all(list(weights.shape) == shape for weights in out.attentions)
+        sums = torch.stack([weights.sum(-1) for weights in out.attentions])
+        assert (sums < 1).all() if name == "gpt_oss" else torch.allclose(sums, torch.ones(()))
+        monkeypatch.setattr(reference, "prompt_attention_with_weights", None)
+        assert relative(model(**given).logits, out.logits) < 1e-5
+    assert all(block.by_need for block in patched_attentions(patch))
+
+
+def patched_attentions(patch):
+    blocks = (block for tower in patch.anatomy.towers for block in tower.blocks)
+    return [vars(block.attention)[attention.ATTRIBUTE] for block in blocks]
+
+
+@pytest.mark.parametrize("name", ["deit", "dinov2_with_registers", "dinov3_vit", "beit"])
+def test_a_pool_of_prompts(name):
+    model, given = zoo.build(name), zoo.inputs(name)
+    method = L2P(pool_size=6, length=2, top_k=2)
+    patch = fastprompt.patch(model, method)
+    tiny.output(name, model, given).square().sum().backward()
+    patch.auxiliary_loss().backward()
+    assert all(p.grad is not None for p in patch.trainable.values())
+
+
+def test_what_a_pool_does_not_take():
+    for name in ("swin", "internvl_vision"):
+        with pytest.raises(ValueError, match=f"L2P: want one of vit, deit.*; got {name}"):
+            fastprompt.patch(zoo.build(name), L2P())
+
+
+def test_experts_stay_dense_and_attention_is_four_bit():
+    pytest.importorskip("bitsandbytes")
+    model, _ = four_bit(zoo.build("mixtral"))
+    kinds = {n: type(m).__name__ for n, m in model.model.layers[0].named_modules()}
+    assert kinds["self_attn.k_proj"] == "Linear4bit" and "Linear4bit" not in (
+        kind for n, kind in kinds.items() if "experts" in n
+    )
+    report = fastprompt.patch(model).report()
+    assert "(12 layers)" in report

@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+_0 = torch.tensor(0)
 IMAGE = 5  # the token that stands for a row of an image
 _TEXT = {**tiny.TEXT, "head_dim": 8}
 _FOUR = dict(_TEXT, num_hidden_layers=4)
@@ -150,9 +151,11 @@ _BERT = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_h
 _BERT |= dict(intermediate_size=48, max_position_embeddings=64, num_labels=5, pad_token_id=0)
 _GPT2 = dict(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64)
 _GPT2 |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+_T5 = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, dropout_rate=0.0)
+_T5 |= dict(relative_attention_num_buckets=8, relative_attention_max_distance=16)
+_T5 |= dict(pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
 _OPT = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=48)
 _OPT |= dict(max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0, dropout=0.0)
-_SMALL = dict(mlp_ratio=2, qkv_bias=True)
 
 ROWS = {
     "gemma": _text("Gemma", head_dim=16),
@@ -201,12 +204,29 @@ ROWS = {
         text=True,
     ),
     "roberta": Row(
-        lambda: tf.RobertaForMaskedLM(
+        lambda: tf.RobertaForSequenceClassification(
             tf.RobertaConfig(**_BERT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         ),
         _words,
         text=True,
     ),
+    "gpt_oss": _text(
+        "GptOss",
+        num_hidden_layers=4,
+        sliding_window=4,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        experts_implementation="eager",
+    ),
+    "t5": Row(
+        lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5)),
+        lambda dtype: dict(
+            input_ids=_ids(), decoder_input_ids=_ids(length=7).index_fill_(1, _0, 0)
+        ),
+        text=True,
+        generates=True,
+    ),
+    "t5, encoder": Row(lambda: tf.T5EncoderModel(tf.T5Config(**_T5)), _words, text=True),
     "deit": _heads("DeiT"),
     "dinov2_with_registers": _heads("Dinov2WithRegisters", mlp_ratio=2),
     "dinov3_vit": _heads("DINOv3ViT", num_register_tokens=2),

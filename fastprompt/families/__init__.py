@@ -74,6 +74,6 @@ def anatomy(model: nn.Module) -> Anatomy:
     taken.parts |= {
         part: name
         for name, part in _HEADS.items()
-        if isinstance(getattr(model, name, None), nn.Linear)
+        if any(True for _ in getattr(model, name, nn.Identity()).parameters())
     }
     return taken

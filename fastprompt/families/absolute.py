@@ -1,4 +1,9 @@
-"""Language models with learned positions: tokens keep theirs, prompts carry none."""
+"""Language models without rotation.
+
+Learned positions: tokens keep theirs and prompts carry none. T5: relative positions are a bias to
+scores, and prompts have the one that keys at -P .. -1 have. Its encoder and its decoder's
+self-attention have prompts, cross-attention has none.
+"""
 
 from transformers import PreTrainedConfig
 
@@ -54,4 +59,22 @@ ABSOLUTE = (
     ),
     TowerFamily("bert", TEXT, ("BertModel",), ("bert",), (_BERT,), _no_cross_attention),
     TowerFamily("roberta", TEXT, ("RobertaModel",), ("roberta",), (_BERT,), _no_cross_attention),
+    TowerFamily(
+        "t5",
+        TEXT,
+        ("T5Stack",),
+        ("t5",),
+        (
+            Layout(
+                "block",
+                "layer.0.SelfAttention",
+                "layer.0.layer_norm",
+                "embed_tokens",
+                k_proj="k",
+                v_proj="v",
+                without="layer.1.EncDecAttention",
+                bias=True,
+            ),
+        ),
+    ),
 )

@@ -46,6 +46,7 @@ class Block:
         k_norm: over the channels of each head, or, ``k_norm_whole``, of all heads together.
         rotary: prompts are rotated as positions -P .. -1; None: not rotated.
         packed: whether its tokens are a row of several images (`Tower`).
+        without: other attentions of the layer that share its masks (cross-attention): no prompt.
         parts: for `blocks`; None: ``undescribed`` says why there are none.
     """
 
@@ -61,6 +62,7 @@ class Block:
     rotary: Rotary | None
     head_dim: int
     packed: bool = False
+    without: tuple[nn.Module, ...] = ()
     parts: Parts | None = None
     undescribed: str = ""
 
@@ -86,6 +88,7 @@ class Tower:
     Attributes:
         rotary: the module that rotates its text; prompts then stand before the first token.
         packed: whether images follow each other in one row [1, N], bounded by ``cu_seqlens``.
+        bias: the attention that makes all blocks' bias of relative positions (T5's).
     """
 
     kind: str  # VISION or TEXT
@@ -97,6 +100,7 @@ class Tower:
     unread: list[Block] = field(default_factory=list)
     rotary: nn.Module | None = None
     packed: bool = False
+    bias: nn.Module | None = None
 
 
 @dataclass(eq=False)
@@ -133,6 +137,8 @@ class Layout:
         rotary: from the model; prompts are rotated as the text before its first token. None:
             prompts are not rotated (learned positions, and rotation by places in an image).
         rotates: the attention's attribute that says whether this layer is rotated at all.
+        without: from the layer, where it is; see `Block`.
+        bias: whether the first block's attention makes `Tower.bias`.
     """
 
     layers: str
@@ -147,6 +153,8 @@ class Layout:
     norm_if: str | None = None
     rotates: str | None = None
     packed: bool = False
+    without: str | None = None
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,7 +196,7 @@ class TowerFamily:
         embeddings = attrgetter(layout.embeddings)(model)
         return Tower(
             self.kind, self.name, name, model, embeddings, blocks, rotary=rotary,
-            packed=layout.packed,
+            packed=layout.packed, bias=blocks[0].attention if layout.bias and blocks else None,
         )  # fmt: skip
 
 
@@ -203,11 +211,14 @@ def _stack(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     ]
 
 
+_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
+
+
 def _block(name: str, layer: nn.Module, layout: Layout, rotary: nn.Module | None) -> Block:
     attention = attrgetter(layout.attention)(layer)
     k_proj = attrgetter(layout.k_proj)(attention)
     v_proj = attrgetter(layout.v_proj)(attention)
-    head_dim = getattr(attention, "head_dim", None) or attention.attention_head_size
+    head_dim = next(getattr(attention, n) for n in _HEAD_DIM if hasattr(attention, n))
     like = attrgetter(layout.like or layout.norm)(layer)
     before = layout.norm and (layout.norm_if is None or getattr(layer, layout.norm_if))
     norm = attrgetter(layout.norm)(layer) if before else None
@@ -233,9 +244,17 @@ def _block(name: str, layer: nn.Module, layout: Layout, rotary: nn.Module | None
         rotary=_rotary(rotary, attention) if rotates else None,
         head_dim=head_dim,
         packed=layout.packed,
+        without=_at(layer, layout.without),
         parts=parts,
         undescribed=why,
     )
+
+
+def _at(layer: nn.Module, name: str | None) -> tuple[nn.Module, ...]:
+    try:
+        return () if name is None else (attrgetter(name)(layer),)
+    except AttributeError:
+        return ()
 
 
 def _rotary(module: nn.Module, attention: nn.Module) -> Rotary:

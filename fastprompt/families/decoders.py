@@ -46,6 +46,7 @@ DECODERS = (
     # norms stand behind attention and MLP; its k_norm is over all heads together
     _family("olmo2", "Olmo2Model", norm=None, like="post_attention_layernorm"),
     _family("mixtral", "MixtralModel"),
+    _family("gpt_oss", "GptOssModel"),
     _family("qwen2_vl_text", "Qwen2VLTextModel"),
     _family("qwen2_5_vl_text", "Qwen2_5_VLTextModel"),
     _family("qwen3_vl_text", "Qwen3VLTextModel"),

@@ -9,8 +9,6 @@ REASONS = {
     "mamba": _RECURRENT,
     "mamba2": _RECURRENT,
     "rwkv": _RECURRENT,
-    "gpt_oss": "its attention has sinks, one more score in each row's softmax",
-    "t5": "its position bias would have to be made for prompts as well",
     "mllama": _TWO_ATTENTIONS,
     "bart": _TWO_ATTENTIONS,
     "whisper": _TWO_ATTENTIONS,

@@ -14,6 +14,7 @@ from fastprompt.families import VISION, Anatomy, Tower
 from fastprompt.methods.base import Method
 from fastprompt.ops import reference, select_prompts
 from fastprompt.pools import Pool, PoolKeys
+from fastprompt.pools.pool import FAMILIES
 
 
 @dataclass(frozen=True)

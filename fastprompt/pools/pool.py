@@ -174,6 +174,19 @@ class Pool:
         return {**self.__dict__, "given": None, "choice": None, "loss": None}
 
 
+# towers whose feature is known, all of one width and with a batch axis
+FAMILIES = (
+    "vit",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "beit",
+    "clip",
+    "siglip",
+)
+
+
 def image_feature(family: str, out: Any) -> Tensor:
     """The feature [B, D] by which a tower's output stands for its image.
 
