@@ -226,7 +226,7 @@ def test_the_loss_in_training_is_that_of_all_logits(name):
     labels[:, :3] = -100
     with torch.no_grad():
         want = model(**given, labels=labels).loss
-    torch.testing.assert_close(model.train()(**given, labels=labels).loss, want)
+    assert relative(model.train()(**given, labels=labels).loss, want) < 1e-6  # float32
 
 
 def test_a_pooling_head_makes_its_own_mask():
@@ -277,7 +277,7 @@ def patched_attentions(patch):
 @pytest.mark.parametrize("name", ["deit", "dinov2_with_registers", "dinov3_vit", "beit"])
 def test_a_pool_of_prompts(name):
     model, given = zoo.build(name), zoo.inputs(name)
-    method = L2P(pool_size=6, length=2, top_k=2)
+    method = L2P(pool_size=6, length=2, top_n=2)
     patch = fastprompt.patch(model, method)
     tiny.output(name, model, given).square().sum().backward()
     patch.auxiliary_loss().backward()
