@@ -192,12 +192,14 @@ def attention_forward(
     options = dict(masks, scale=scaling, softcap=kwargs.get("softcap"))  # Gemma 2's
     if bias is not None:
         options["prompt_bias"] = of_prompts
-    sinks = kwargs.get("s_aux")
-    if sinks is not None:
-        inputs, options["prompt_bias"] = _with_sinks(inputs, sinks)
     if index is not None:
         options["prompt_index"] = index
-    recorder.record(side.block.name, inputs, options)
+    sinks = kwargs.get("s_aux")
+    if sinks is None:
+        recorder.record(side.block.name, inputs, options)
+    else:
+        recorder.record(side.block.name, inputs, dict(options, sinks=sinks))
+        inputs, options["prompt_bias"] = with_sinks(inputs, sinks)
     wants_weights = not side.by_need or kwargs.get("output_attentions")
     if side.previous == "eager" and wants_weights and not side.block.packed:
         out, weights = reference.prompt_attention_with_weights(*inputs, dropout=dropout, **options)
@@ -216,7 +218,7 @@ def _with_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
-def _with_sinks(inputs: tuple[Tensor, ...], sinks: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+def with_sinks(inputs: tuple[Tensor, ...], sinks: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """gpt-oss's: a score [Hq] in each row's softmax that has no value.
 
     That is what one more prompt is whose key and value are 0 and whose bias is that score.

@@ -24,9 +24,9 @@ def report(patch: Patch) -> str:
         kinds = Counter(patch.replaced[b.name] for b in tower.blocks if b.name in patch.replaced)
         what = ", ".join(f"{kind.removesuffix(' as side keys')} × {n}" for kind, n in kinds.items())
         what = f"{what} of {depth} blocks" if rows else "no prompts"
-        lines.append(f"  {tower.kind:<8}{tower.family:<10}{what}  ({tower.name or 'the model'})")
-        dropout = getattr(tower.blocks[0].attention, "attention_dropout", 0) if tower.blocks else 0
-        if rows and isinstance(dropout, float) and dropout > 0:
+        lines.append(f"  {tower.kind:<8}{tower.family:<9} {what}  ({tower.name or 'the model'})")
+        dropout = tower.blocks[0].dropout if tower.blocks else 0.0
+        if rows and dropout:
             lines.append(
                 f"  attention dropout {dropout}: in training, keys are concatenated for SDPA"
             )

@@ -15,6 +15,7 @@ from fastprompt.concatenation import concatenate
 from fastprompt.methods import L2P, DeepPrompts
 from fastprompt.ops import dequantize_4bit, reference
 from fastprompt.recorder import listening
+from fastprompt.viz import attention_to_prompts
 
 ALL = list(zoo.ROWS)
 GENERATES = [name for name, row in zoo.ROWS.items() if row.generates]
@@ -299,3 +300,46 @@ def test_experts_stay_dense_and_attention_is_four_bit():
     )
     report = fastprompt.patch(model).report()
     assert "(12 layers)" in report
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "t5", "gpt_oss"])
+def test_attention_dropout_drops_from_whole_rows(name):
+    """So seldom that nothing is dropped: what is left of it is how rows are made whole."""
+    model, given = zoo.build(name), zoo.inputs(name)
+    patch = fastprompt.patch(model, method_for(name))
+    assert "attention dropout" not in patch.report()
+    with torch.no_grad():
+        want = tiny.output(name, model, given)
+        for tower in patch.anatomy.towers:
+            for block in tower.blocks:
+                for key in ("attention_dropout", "attn_dropout", "dropout"):
+                    found = getattr(block.attention, key, None)
+                    if isinstance(found, nn.Dropout):
+                        found.p = 1e-12
+                    elif found is not None:
+                        setattr(block.attention, key, 1e-12)
+        assert relative(tiny.output(name, model.train(), given), want) < 1e-6
+    assert "attention dropout 1e-12: in training, keys are concatenated" in patch.report()
+
+
+def test_looking_at_packed_images():
+    model, given = zoo.build("qwen2_5_vl", torch.float32), zoo.inputs("qwen2_5_vl", torch.float32)
+    fastprompt.patch(model, method_for("qwen2_5_vl"))
+    pixels, grid = given["pixel_values"], given["image_grid_thw"]
+    whole = attention_to_prompts(model, **given)
+    seen = {}
+    with torch.no_grad(), listening(lambda name, inputs, options: seen.update({name: inputs})):
+        model.model.visual(pixels[:16], grid_thw=grid[:1])
+    for name, (q, k, _, prompt_k, _) in seen.items():
+        keys = torch.cat([prompt_k[None], k], dim=2)
+        weights = torch.softmax(q @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
+        torch.testing.assert_close(whole[name][:, :, :16], weights[..., :P].sum(-1))
+
+
+def test_looking_at_rows_with_sinks():
+    model, given = zoo.build("gpt_oss", torch.float32), zoo.inputs("gpt_oss", torch.float32)
+    fastprompt.patch(model, method_for("gpt_oss"))
+    with torch.no_grad():
+        weights = model(**given, output_attentions=True).attentions
+    for got, want in zip(attention_to_prompts(model, **given).values(), weights, strict=True):
+        torch.testing.assert_close(got, want[..., :P].sum(-1))

@@ -71,6 +71,16 @@ class Block:
         return self.like.weight.shape[0]
 
     @property
+    def dropout(self) -> float:
+        """The probability with which its attention drops weights in training."""
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            p = getattr(self.attention, name, 0.0)
+            p = getattr(p, "p", p)  # a module's
+            if p:
+                return p
+        return 0.0
+
+    @property
     def fused(self) -> bool:
         return self.k_proj is self.v_proj
 
