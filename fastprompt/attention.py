@@ -191,7 +191,7 @@ def attention_forward(
     inputs = (query, key, value, *prompts)
     options = dict(masks, scale=scaling, softcap=kwargs.get("softcap"))  # Gemma 2's
     if bias is not None:
-        options["prompt_bias"] = of_prompts
+        options["prompt_bias"] = of_prompts[..., rows - prompts[0].shape[-2] :]
     if index is not None:
         options["prompt_index"] = index
     sinks = kwargs.get("s_aux")

@@ -75,6 +75,20 @@ def test_what_a_model_says_beyond_its_config():
     assert fastprompt.supports(llava.config)
 
 
+def test_a_model_around_a_host_that_nobody_knows():
+    """Its towers must not be taken for a whole model."""
+
+    class Other(tf.PreTrainedModel):
+        config_class, _supports_sdpa = tf.LlavaConfig, True
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.language_model = tf.AutoModel.from_config(config.text_config)
+
+    model = Other(tiny.build("llava").config)
+    assert "Other: want a LlavaModel, alone or as `model`" in fastprompt.supports(model).reason
+
+
 def test_the_readme_has_the_registrys_table():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     shown = readme.split(table.BEGIN)[1].split(table.END)[0]

@@ -61,9 +61,9 @@ def anatomy(model: nn.Module) -> Anatomy:
     why = refusal(getattr(model, "config", None))
     if why is not None:
         raise ValueError(f"{type(model).__name__}: {why}")
-    found = next(((host, at) for host in HOSTS if (at := host.inside(model)) is not None), None)
-    if found is not None:
-        taken = found[0].anatomy(model, found[1], TOWERS)
+    host = next((host for host in HOSTS if host.name == model.config.model_type), None)
+    if host is not None:
+        taken = host.anatomy(model, TOWERS)
     else:
         towers = [family.tower(name, module) for name, module, family in find(model, TOWERS)]
         if not towers:

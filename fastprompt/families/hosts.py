@@ -31,14 +31,13 @@ class Host:
     taps: bool = False
     first_position: int | None = None
 
-    def inside(self, model: nn.Module) -> str | None:
-        """Where in ``model`` the class is, "" for the model itself; None: nowhere."""
-        for name, module in (("", model), ("model", getattr(model, "model", None))):
-            if module is not None and is_transformers(module, (self.model,)):
-                return name
-        return None
-
-    def anatomy(self, model: nn.Module, inner: str, families: tuple[TowerFamily, ...]) -> Anatomy:
+    def anatomy(self, model: nn.Module, families: tuple[TowerFamily, ...]) -> Anatomy:
+        places = {"": model, "model": getattr(model, "model", None)}
+        inner = next((n for n, m in places.items() if is_transformers(m, (self.model,))), None)
+        if inner is None:
+            raise ValueError(
+                f"{type(model).__name__}: want a {self.model}, alone or as `model` of another"
+            )
         host, towers = model.get_submodule(inner), []
         for part in (self.vision, self.text):
             module, name = host.get_submodule(part), join(inner, part)
