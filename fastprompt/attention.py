@@ -7,7 +7,7 @@ weights, LoRA and offload hooks keep working there.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,8 @@ class SideKeys:
     prompt: Prompt | None  # None: an attention without a prompt
     previous: str  # the attention implementation that the tower had
     backend: str = "auto"
-    by_need: bool = False  # it had "eager" for lack of another that transformers has for it
+    # it had "eager" for lack of another that transformers has for it
+    by_need: bool = field(default=False, kw_only=True)
 
     def for_batch(
         self, dtype: torch.dtype, choice: Tensor | None
