@@ -201,10 +201,11 @@ def attention_forward(
     else:
         recorder.record(side.block.name, inputs, dict(options, sinks=sinks))
         inputs, options["prompt_bias"] = with_sinks(inputs, sinks)
-    wants_weights = not side.by_need or kwargs.get("output_attentions")
-    if side.previous == "eager" and wants_weights and not side.block.packed:
+    # no other way drops what eager attention drops beside soft-capping and sinks
+    by_eager = not side.by_need or dropout or kwargs.get("output_attentions")
+    if side.previous == "eager" and by_eager and not side.block.packed:
         out, weights = reference.prompt_attention_with_weights(*inputs, dropout=dropout, **options)
-        if sinks is not None:
+        if sinks is not None:  # transformers' weights have no column for them
             P = prompts[0].shape[-2]
             weights = torch.cat([weights[..., :P], weights[..., P + 1 :]], dim=-1)
         return out.transpose(1, 2), weights

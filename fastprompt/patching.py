@@ -384,9 +384,9 @@ def _add_hooks(done: Patch, tower: Tower) -> None:
         tower.model.register_forward_pre_hook(switched_on),
     ]
     if tower.rotary is not None:
-        first = done.anatomy.first_position
-        counts = tower.model if first is None else done.anatomy.host
-        count = hooks.CountFromText(first or 0)
+        start = done.anatomy.first_position
+        counts = tower.model if start is None else done.anatomy.host
+        count = hooks.CountFromText(start or 0)
         handles.append(counts.register_forward_pre_hook(count, with_kwargs=True))
     done._undo.append(("hooks", handles))
     if tower.bias is not None:

@@ -302,7 +302,7 @@ def test_experts_stay_dense_and_attention_is_four_bit():
     assert "(12 layers)" in report
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "t5", "gpt_oss"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "t5", "gemma2", "gpt_oss"])
 def test_attention_dropout_drops_from_whole_rows(name):
     """So seldom that nothing is dropped: what is left of it is how rows are made whole."""
     model, given = zoo.build(name), zoo.inputs(name)
