@@ -9,11 +9,13 @@ from fastprompt.families import supported
 from fastprompt.patching import Patch, patch, patch_of
 from fastprompt.prefix_cache import prefix_cache
 from fastprompt.reporting import Share, trainable_share
+from fastprompt.support import Support, supports
 
 __version__ = "0.1.0"
 __all__ = [
     "Patch",
     "Share",
+    "Support",
     "assemble",
     "assemble_processor",
     "importers",
@@ -27,6 +29,7 @@ __all__ = [
     "report",
     "save",
     "supported",
+    "supports",
     "trainable_share",
 ]
 

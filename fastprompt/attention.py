@@ -7,7 +7,7 @@ weights, LoRA and offload hooks keep working there.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,14 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastprompt import recorder
-from fastprompt.families import Block
+from fastprompt.families import Block, Tower
 from fastprompt.ops import prompt_attention, reference
 from fastprompt.prompts import Prompt
 from fastprompt.rotation import rotate
 
 NAME = "fastprompt"
+# transformers hands rows of several images over whole where the name says flash, else one by one
+PACKED = "fastprompt_flash"
 ATTRIBUTE = "_fastprompt"
 CHOICE = "fastprompt_choice"  # the keyword under which a pool's choice comes down to its blocks
 
@@ -38,9 +40,11 @@ class SideKeys:
     """What an attention module of a patched tower knows of its block."""
 
     block: Block
-    prompt: Prompt | None  # None: a block without a prompt
+    prompt: Prompt | None  # None: an attention without a prompt
     previous: str  # the attention implementation that the tower had
     backend: str = "auto"
+    # it had "eager" for lack of another that transformers has for it
+    by_need: bool = field(default=False, kw_only=True)
 
     def for_batch(
         self, dtype: torch.dtype, choice: Tensor | None
@@ -79,10 +83,17 @@ class SideKeys:
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[S, P, D], rows of hidden states -> keys and values [S, Hkv, P, d], not rotated."""
         block = self.block
-        rows = block.norm(rows.to(block.norm.weight.dtype))
-        heads = (*rows.shape[:-1], -1, block.head_dim)
-        k, v = block.k_proj(rows).view(heads), block.v_proj(rows).view(heads)
-        if block.k_norm is not None:
+        rows = rows.to(block.like.weight.dtype)
+        if block.norm is not None:
+            rows = block.norm(rows)
+        if block.fused:  # queries, keys and values side by side
+            k, v = block.k_proj(rows)[..., -2 * block.kv_width :].chunk(2, dim=-1)
+        else:
+            k, v = block.k_proj(rows), block.v_proj(rows)
+        if block.k_norm_whole:
+            k = block.k_norm(k)
+        k, v = (x.unflatten(-1, (-1, block.head_dim)) for x in (k, v))
+        if block.k_norm is not None and not block.k_norm_whole:
             k = block.k_norm(k)
         return k.transpose(1, 2), v.transpose(1, 2)
 
@@ -115,6 +126,11 @@ class SideKeys:
         )
         versions = tuple((id(t), t.data_ptr(), t._version) for t in tensors)
         return dtype, str(self.prompt.tokens.device), autocast, adapters, versions
+
+
+def name_for(tower: Tower) -> str:
+    """The attention implementation that a patched tower's config names."""
+    return PACKED if tower.packed else NAME
 
 
 def block_modules(block: Block) -> list[nn.Module]:
@@ -155,7 +171,15 @@ def attention_forward(
         )
     window = kwargs.get("sliding_window")
     masks = as_options(module, attention_mask, is_causal, window, query.shape[0], query.shape[2])
-    if side.prompt is None and side.previous in ("eager", "sdpa"):
+    if side.block.packed:
+        masks |= {f"cu_seqlens_{x}": kwargs.get(f"cu_seq_lens_{x}") for x in "qk"}
+    bias = kwargs.pop("position_bias", None)
+    if bias is not None:  # T5's, over prompts first
+        rows = bias.shape[-1] - key.shape[2]
+        bias = bias.detach()  # frozen; reentrant checkpointing says that it wants a gradient
+        bias, of_prompts = bias[..., rows:], bias[..., :rows]
+        masks["attn_mask"] = _with_mask(bias, masks.get("attn_mask"))
+    if side.prompt is None and side.previous in ("eager", "sdpa") and not side.block.packed:
         rest = dict(kwargs, dropout=dropout, scaling=scaling, is_causal=is_causal)
         return _without_prompt(side.previous, module, query, key, value, masks, rest)
 
@@ -168,15 +192,45 @@ def attention_forward(
         *prompts, index = side.for_batch(dtype, choice)
     inputs = (query, key, value, *prompts)
     options = dict(masks, scale=scaling, softcap=kwargs.get("softcap"))  # Gemma 2's
+    if bias is not None:
+        options["prompt_bias"] = of_prompts[..., rows - prompts[0].shape[-2] :]
     if index is not None:
         options["prompt_index"] = index
-    recorder.record(side.block.name, inputs, options)
-    if side.previous == "eager":
+    sinks = kwargs.get("s_aux")
+    if sinks is None:
+        recorder.record(side.block.name, inputs, options)
+    else:
+        recorder.record(side.block.name, inputs, dict(options, sinks=sinks))
+        inputs, options["prompt_bias"] = with_sinks(inputs, sinks)
+    # no other way drops what eager attention drops beside soft-capping and sinks
+    by_eager = not side.by_need or dropout or kwargs.get("output_attentions")
+    if side.previous == "eager" and by_eager and not side.block.packed:
         out, weights = reference.prompt_attention_with_weights(*inputs, dropout=dropout, **options)
+        if sinks is not None:  # transformers' weights have no column for them
+            P = prompts[0].shape[-2]
+            weights = torch.cat([weights[..., :P], weights[..., P + 1 :]], dim=-1)
         return out.transpose(1, 2), weights
     if dropout:
         return _with_dropout(*inputs, dropout, options).transpose(1, 2), None
     return prompt_attention(*inputs, backend=side.backend, **options).transpose(1, 2), None
+
+
+def _with_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def with_sinks(inputs: tuple[Tensor, ...], sinks: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """gpt-oss's: a score [Hq] in each row's softmax that has no value.
+
+    That is what one more prompt is whose key and value are 0 and whose bias is that score.
+    """
+    query, key, value, *prompts = inputs
+    prompts = [F.pad(x, (0, 0, 0, 1)) for x in prompts]
+    bias = query.new_zeros(1, query.shape[1], 1, prompts[0].shape[-2])
+    bias[..., -1] = sinks[:, None]
+    return (query, key, value, *prompts), bias.expand(-1, -1, query.shape[2], -1)
 
 
 def as_options(
@@ -223,13 +277,19 @@ def _with_dropout(query, key, value, prompt_k, prompt_v, dropout, options) -> Te
         prompt_k, prompt_v = prompt_k[index], prompt_v[index]
     if options.pop("softcap") is not None:
         raise ValueError("attention dropout: want none beside soft-capping (SDPA has no such pair)")
+    bias = options.pop("prompt_bias", None)
     mask = reference.additive_mask(query.shape[2], key.shape[2], query, **options)
+    if bias is None:
+        mask = F.pad(mask, (P, 0))
+    else:
+        lead = torch.broadcast_shapes(mask.shape[:-1], bias.shape[:-1])
+        mask = torch.cat([x.expand(*lead, -1) for x in (bias, mask)], dim=-1)
     key, value = (
         torch.cat([prompt.expand(B, -1, -1, -1), x], dim=2)
         for prompt, x in ((prompt_k, key), (prompt_v, value))
     )
     return F.scaled_dot_product_attention(
-        query, key, value, F.pad(mask, (P, 0)), dropout_p=dropout, scale=scale,
+        query, key, value, mask, dropout_p=dropout, scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
 
@@ -283,6 +343,7 @@ def _is_sliding_window(mask_function) -> bool:
 
 def register() -> None:
     """Make "fastprompt" known to transformers; twice does no harm."""
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
-    assert NAME in ALL_MASK_ATTENTION_FUNCTIONS
+    for name in (NAME, PACKED):
+        AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, attention_mask)
+        assert name in ALL_MASK_ATTENTION_FUNCTIONS

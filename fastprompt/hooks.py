@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from fastprompt.families import Tower
 
 
+@dataclass(eq=False)
 class CountFromText:
     """Forward pre-hook of a rotary language model: positions count from each row's first token.
 
     A plain forward of transformers lets a left-padded row start at the padding; prompts at
     positions -P .. -1 would then stand before the padding. Base logits do not change (rotary scores
-    depend on differences alone), and `generate` does the same itself.
+    depend on differences alone), and `generate` does the same itself. Also of a vision-language
+    model that makes its language model's masks; then ``first`` is where its texts begin.
     """
+
+    first: int = 0
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -29,6 +33,7 @@ class CountFromText:
             return None
         padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
         positions = (torch.arange(mask.shape[1], device=mask.device) - padding).clamp(min=0)
+        positions = positions + self.first
         positions = positions[:, -tokens.shape[1] :].to(tokens.device)
         return (), given | {"position_ids": positions}
 
@@ -92,3 +97,33 @@ class GradIntoFirstBlock:
                 stacklevel=2,
             )
         return True
+
+
+@dataclass(eq=False)
+class BiasOfPrompts:
+    """Stands in for ``compute_bias`` of T5's first attention, whose bias every block adds.
+
+    [1, H, N, P + M]: the bias that keys at -P .. -1 have, before that of the tokens.
+    """
+
+    attention: nn.Module
+    rows: int
+
+    @classmethod
+    def put_on(cls, attention: nn.Module, rows: int) -> "BiasOfPrompts":
+        attention.compute_bias = made = cls(attention, rows)
+        return made
+
+    def undo(self) -> None:
+        vars(self.attention).pop("compute_bias", None)
+
+    def __call__(
+        self,
+        query_length: int,
+        key_length: int,
+        device: torch.device | None = None,
+        past_seen_tokens: int | Tensor = 0,
+    ) -> Tensor:
+        # all places move on by P, so that the first keys are those before the text
+        forward, P = type(self.attention).compute_bias, self.rows
+        return forward(self.attention, query_length, key_length + P, device, past_seen_tokens + P)

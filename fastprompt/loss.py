@@ -224,6 +224,8 @@ def _unknown(model: nn.Module, head: nn.Module) -> str | None:
         return "the model does not ask its loss_function"
     if vars(model).get(_SLOT) is not None or model.loss_function is not ForCausalLMLoss:
         return "a loss function of its own"
+    if getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None:
+        return "the model soft-caps its logits"
     if any(p.requires_grad for p in head.parameters()):
         return "lm_head trains"
     if is_adopted(head):

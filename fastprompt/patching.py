@@ -189,7 +189,7 @@ def patch(
     Raises:
         ValueError: a model or an option that is not served; the model is then as it was.
     """
-    _check_model(model)
+    check_model(model)
     if backend not in BACKENDS:
         raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {backend!r}")
     if memory not in MEMORIES:
@@ -227,7 +227,8 @@ def patch_of(model: nn.Module) -> Patch:
     return found
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raise a ValueError if it is patched, wrapped or adapted, or no transformers model at all."""
     kind = type(model).__name__
     if ATTRIBUTE in getattr(model, "__dict__", {}):
         raise ValueError(f"{kind} is patched already: patch.undo() first")
@@ -247,9 +248,9 @@ def _check_model(model: nn.Module) -> None:
 def _check_devices(anatomy: Anatomy, compute: str) -> None:
     for tower in anatomy.towers:
         for block in tower.blocks:
-            if block.norm.weight.device.type == "meta":
+            if block.like.weight.device.type == "meta":
                 raise ValueError(
                     f"{block.name}: want weights on a device, got offloaded ones (not served yet)"
                 )
             if compute == "fp8":
-                fp8.check_device(block.norm.weight.device)
+                fp8.check_device(block.like.weight.device)

@@ -10,7 +10,10 @@ _listeners: list[Listener] = []
 
 
 def record(name: str, inputs: tuple[Tensor, ...], options: dict) -> None:
-    """Tell every listener of one call: block, (q, k, v, prompt_k, prompt_v), the op's options."""
+    """Tell every listener of one call: block, (q, k, v, prompt_k, prompt_v), the op's options.
+
+    Under attention sinks ``options`` has ``sinks`` [Hq], which the op does not know.
+    """
     for listener in _listeners:
         listener(name, inputs, options)
 

@@ -28,9 +28,9 @@ def report(patch: Patch) -> str:
         kinds = Counter(what for what in found if what)
         what = ", ".join(f"{kind.removesuffix(' as side keys')} × {n}" for kind, n in kinds.items())
         what = f"{what} of {depth} blocks" if rows else "no prompts"
-        lines.append(f"  {tower.kind:<8}{tower.family:<10}{what}  ({tower.name or 'the model'})")
-        dropout = getattr(tower.blocks[0].attention, "attention_dropout", 0) if tower.blocks else 0
-        if rows and isinstance(dropout, float) and dropout > 0:
+        lines.append(f"  {tower.kind:<8}{tower.family:<9} {what}  ({tower.name or 'the model'})")
+        dropout = tower.blocks[0].dropout if tower.blocks else 0.0
+        if rows and dropout:
             lines.append(
                 f"  attention dropout {dropout}: in training, keys are concatenated for SDPA"
             )
@@ -92,10 +92,10 @@ def trainable_share(model: nn.Module, method: Method | None = None) -> Share:
     for tower in anatomy.towers:
         if method.lengths().get(tower.kind):
             for layer, block in enumerate(method.blocks(tower)):
-                prompt = method.prompt(tower.kind, layer, row_like(block.norm.weight))
+                prompt = method.prompt(tower.kind, layer, row_like(block.like.weight))
                 trained["prompts"] += 0 if prompt is None else count(prompt)
             pool = method.pool(tower)
-            keys = pool and pool.method.shared_keys(row_like(tower.blocks[0].norm.weight))
+            keys = pool and pool.method.shared_keys(row_like(tower.blocks[0].like.weight))
             trained["prompts"] += count(keys) if keys is not None else 0
     total += trained["prompts"]
     for part in method.trains():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -91,7 +92,7 @@ def _train(done: Patch, part: str, name: str) -> None:
 def _add_prompts(done: Patch, tower: Tower) -> None:
     blocks, shown = done.method.blocks(tower), _shown(done, tower)
     for layer, block in enumerate(blocks):
-        prompt = done.method.prompt(tower.kind, layer, row_like(block.norm.weight))
+        prompt = done.method.prompt(tower.kind, layer, row_like(block.like.weight))
         if prompt is not None:
             _add_child(done, block.layer, block.name, prompt)
             done.replaced[block.name] = done.method.describe(tower.kind, layer)
@@ -114,7 +115,7 @@ def _add_child(done: Patch, parent: nn.Module, name: str, child: nn.Module) -> N
 
 def _add_pool(done: Patch, pool: Pool) -> None:
     tower = pool.tower
-    keys = pool.method.shared_keys(row_like(tower.blocks[0].norm.weight))
+    keys = pool.method.shared_keys(row_like(tower.blocks[0].like.weight))
     if keys is not None:
         _add_child(done, tower.model, tower.name, keys)
         done.replaced[join(tower.name, CHILD)] = f"{len(keys.keys)} pool keys, trains"
@@ -137,23 +138,45 @@ def _switch_configs(done: Patch, towers: list[Tower]) -> None:
         )
         model.all_tied_weights_keys, model.config.tie_word_embeddings = {}, False
     for tower in towers:
+        _keep_apart(tower)
         previous = tower.model.config._attn_implementation or "eager"
+        by_need = previous == "eager" and not tower.model._supports_sdpa
         for block in [*tower.blocks, *tower.unread]:
             as_tokens = _shown(done, tower) == "context" and block is tower.blocks[-1]
             prompt = None if as_tokens else getattr(block.layer, CHILD, None)
             make = attention.SideKeys if done.pool is None else done.pool.side_keys
-            side = make(block, prompt, previous, done.backend)
-            vars(block.attention)[attention.ATTRIBUTE] = side
-            done._undo.append(("side keys", block.attention))
-            # not the property: that would also switch the config's other parts
-            block.attention.config._attn_implementation_internal = attention.NAME
-        tower.model.config._attn_implementation_internal = attention.NAME
+            sides = {block.attention: make(block, prompt, previous, done.backend)}
+            sides |= {each: attention.SideKeys(block, None, previous) for each in block.without}
+            for module, side in sides.items():
+                side.by_need = by_need
+                vars(module)[attention.ATTRIBUTE] = side
+                done._undo.append(("side keys", module))
+                # not the property: that would also switch the config's other parts
+                module.config._attn_implementation_internal = attention.name_for(tower)
+        tower.model.config._attn_implementation_internal = attention.name_for(tower)
+
+
+def _keep_apart(tower: Tower) -> None:
+    """Give modules beside a tower's blocks (a pooling head) a config that stays as it was.
+
+    They make masks for an attention that is not ours. Of the tower's own modules only the blocks'
+    attentions and what these are in are switched.
+    """
+    blocks = (*tower.blocks, *tower.unread)
+    attentions = {id(each) for block in blocks for each in (block.attention, *block.without)}
+    modules = dict(tower.model.named_modules())
+    inside = [name for name, module in modules.items() if id(module) in attentions]
+    switched = {""}.union(*(accumulate(name.split("."), join) for name in inside))
+    own, apart = tower.model.config, copy.deepcopy(tower.model.config)
+    for name, module in modules.items():
+        if name not in switched and getattr(module, "config", None) is own:
+            module.config = apart
 
 
 def _add_hooks(done: Patch, tower: Tower) -> None:
     first, switched_on = (
         hooks.GradIntoFirstBlock(tower),
-        hooks.StillSwitchedOn(tower, attention.NAME),
+        hooks.StillSwitchedOn(tower, attention.name_for(tower)),
     )
     handles = [
         tower.embeddings.register_forward_hook(first),
@@ -161,9 +184,14 @@ def _add_hooks(done: Patch, tower: Tower) -> None:
         tower.model.register_forward_pre_hook(switched_on),
     ]
     if tower.rotary is not None:
-        count = hooks.CountFromText()
-        handles.append(tower.model.register_forward_pre_hook(count, with_kwargs=True))
+        start = done.anatomy.first_position
+        counts = tower.model if start is None else done.anatomy.host
+        count = hooks.CountFromText(start or 0)
+        handles.append(counts.register_forward_pre_hook(count, with_kwargs=True))
     done._undo.append(("hooks", handles))
+    if tower.bias is not None:
+        rows = done.method.lengths()[tower.kind]
+        done._undo.append(("bias", hooks.BiasOfPrompts.put_on(tower.bias, rows)))
 
 
 def _tap(done: Patch) -> None:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprompt.ops import dequantize_4bit
+
 
 class TrainedLinear(nn.Linear):
     """A float32 linear layer inside a model of lower precision.
@@ -57,6 +59,5 @@ def dense_weight(linear: nn.Linear) -> Tensor:
     state = getattr(linear.weight, "quant_state", None)
     if state is None:
         return linear.weight.detach()
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(linear.weight.data, state)
+    # not bitsandbytes': on the CPU it is wrong where in_features is no multiple of the block size
+    return dequantize_4bit((linear.weight, state))

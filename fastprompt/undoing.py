@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fastprompt import attention, linear4bit, trainer
+from fastprompt import attention, hooks, linear4bit, trainer
 from fastprompt.blocks.frozen import Frozen
 from fastprompt.loss import FusedLoss
 from fastprompt.prompts import CHILD
@@ -39,6 +39,7 @@ STEPS = {
     "side keys": lambda module: vars(module).pop(attention.ATTRIBUTE, None),
     "forward": RunIfRead.undo,
     "method": HostMethod.undo,
+    "bias": hooks.BiasOfPrompts.undo,
     "block": Frozen.undo,
     "hooks": _remove,
     "trainer": trainer.detach,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt import recorder
+from fastprompt.attention import with_sinks
 from fastprompt.ops import reference
 from fastprompt.patching import patch_of
 
@@ -27,7 +28,16 @@ def attention_to_prompts(model: nn.Module, **inputs) -> dict[str, Tensor]:
     shares: dict[str, Tensor] = {}
 
     def listen(name: str, given: tuple[Tensor, ...], options: dict) -> None:
-        wide = (t.float() for t in given)
+        wide, options = tuple(t.float() for t in given), dict(options)
+        sinks = options.pop("sinks", None)
+        if sinks is not None:
+            wide, options["prompt_bias"] = with_sinks(wide, sinks)
+        ends, _ = (options.pop(f"cu_seqlens_{x}", None) for x in "qk")
+        if ends is not None:  # each place sees its own image
+            image = torch.bucketize(
+                torch.arange(given[0].shape[2], device=ends.device), ends, right=True
+            )
+            options["attn_mask"] = (image[:, None] == image)[None, None]
         _, weights = reference.prompt_attention_with_weights(*wide, **options)
         shares[name] = weights[..., : given[3].shape[-2]].sum(-1)
 

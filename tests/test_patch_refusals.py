@@ -9,6 +9,9 @@ from torch import nn
 import fastprompt
 from fastprompt.methods import M2PT, VPT, DeepPrompts
 
+OPT = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, ffn_dim=8)
+OPT |= dict(max_position_embeddings=16, word_embed_proj_dim=8)
+
 
 def unchanged(model, act, message):
     before = {n: (p, p.requires_grad) for n, p in model.named_parameters()}
@@ -24,17 +27,23 @@ def unchanged(model, act, message):
 def test_refusals():
     patch = fastprompt.patch
     unchanged(nn.Linear(2, 2), patch, "want a transformers PreTrainedModel, got Linear")
+    phi = tf.PhiForCausalLM(tf.PhiConfig(**tiny.TEXT))
+    unchanged(phi, patch, "want a transformers model of llava, .*got model_type 'phi'")
+    bloom = tf.BloomModel(tf.BloomConfig(n_layer=1, hidden_size=8, n_head=1, vocab_size=9))
+    unchanged(bloom, patch, "BloomModel: bloom is not served: .*ALiBi")
     gpt2 = tf.GPT2LMHeadModel(
-        tf.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9, bos_token_id=1, eos_token_id=1)
+        tf.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9, add_cross_attention=True)
     )
-    unchanged(gpt2, patch, "want a transformers model of llava, vit.*got model_type 'gpt2'")
+    unchanged(gpt2, patch, "GPT2LMHeadModel: gpt2 with cross-attention")
+    opt = tf.OPTModel(tf.OPTConfig(**OPT, layer_norm_elementwise_affine=False))
+    unchanged(opt, patch, "OPTModel: opt with layer_norm_elementwise_affine=False")
     mixed = tf.LlavaForConditionalGeneration(
         tf.LlavaConfig(
             vision_config=tiny.VISION_CONFIGS["clip"](),
             text_config=tf.PhiConfig(**tiny.TEXT),
         )
     )
-    unchanged(mixed, patch, "model.language_model: want one of .*llama.*; got PhiModel")
+    unchanged(mixed, patch, "text_config: want .*llama.*; got model_type 'phi'")
     llama = tiny.build("llama")
     unchanged(llama, lambda m: patch(m, M2PT()), "M2PT: want a vision-language model, got llama")
     unchanged(llama, lambda m: patch(m, VPT()), "want a vision tower; llama has text")

@@ -1,32 +1,54 @@
 """Which models are served. First match wins; what no family serves is refused by name."""
 
 from torch import nn
+from transformers import PreTrainedConfig
 
-from fastprompt.families import decoders, encoders, llava
+from fastprompt.families.absolute import ABSOLUTE
 from fastprompt.families.base import TEXT, VISION, Anatomy, Block, Tower, find
+from fastprompt.families.decoders import DECODERS
+from fastprompt.families.encoders import ENCODERS
+from fastprompt.families.hosts import HOSTS
+from fastprompt.families.refused import REASONS
 
-__all__ = ["TEXT", "VISION", "Anatomy", "Block", "Tower", "anatomy", "supported"]
+__all__ = ["HOSTS", "REASONS", "TEXT", "TOWERS", "VISION", "Anatomy", "Block", "Tower"]
+__all__ += ["anatomy", "refusal", "supported"]
 
-TOWERS = (
-    encoders.VIT,
-    encoders.DINOV2,
-    encoders.CLIP_VISION,
-    encoders.CLIP_TEXT,
-    encoders.SIGLIP_VISION,
-    encoders.SIGLIP_TEXT,
-    decoders.LLAMA,
-    decoders.MISTRAL,
-    decoders.QWEN2,
-    decoders.QWEN3,
-)
+TOWERS = (*ENCODERS, *DECODERS, *ABSOLUTE)
 
+# configs of models that hold two towers side by side, without a host
+_PAIRS = ("clip", "siglip", "siglip2")
 # the attributes under which transformers keeps what is put on top of a tower
 _HEADS = {"classifier": "head", "score": "head", "lm_head": "lm_head"}
 
 
 def supported() -> list[str]:
-    """Names of the served families, in the order in which they are tried."""
-    return ["llava", *dict.fromkeys(family.name for family in TOWERS)]
+    """Names of the served families: vision-language models, vision and language towers."""
+    return [*(host.name for host in HOSTS), *dict.fromkeys(family.name for family in TOWERS)]
+
+
+def refusal(config: PreTrainedConfig | None) -> str | None:
+    """Why no model with this config can be patched; None: one can."""
+    if getattr(config, "model_type", "") not in {host.name for host in HOSTS}:
+        return _refusal(config, supported())
+    for part in ("vision_config", "text_config"):
+        why = _refusal(getattr(config, part), list(dict.fromkeys(f.name for f in TOWERS)))
+        if why is not None:
+            return f"{part}: {why}"
+    return None
+
+
+def _refusal(config: PreTrainedConfig | None, wanted: list[str]) -> str | None:
+    kind = getattr(config, "model_type", "")
+    if kind in REASONS:
+        return f"{kind} is not served: {REASONS[kind]}"
+    serving = [family for family in TOWERS if kind in family.types]
+    if serving:
+        why = serving[0].refuses(config)
+        return why and f"{kind} {why}"
+    if kind in _PAIRS:
+        return None
+    got = f"model_type {kind!r}" if kind else "no transformers config"
+    return f"want a transformers model of {', '.join(wanted)}; got {got}"
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -35,26 +57,23 @@ def anatomy(model: nn.Module) -> Anatomy:
     Raises:
         ValueError: an architecture, or a tower inside one, that no family serves.
     """
-    if llava.serves(model):
-        return llava.anatomy(model, TOWERS)
-    kind = getattr(getattr(model, "config", None), "model_type", "")
-    served = supported()
     # by the model's own type: inside an unknown model a served tower must not be patched silently
-    if kind not in {
-        f"{name}{part}" for name in served for part in ("", "_vision_model", "_text_model")
-    }:
-        raise ValueError(
-            f"{type(model).__name__}: want a transformers model of {', '.join(served)}; "
-            f"got {f'model_type {kind!r}' if kind else 'no transformers config'}"
-        )
-    towers = [family.tower(name, module) for name, module, family in find(model, TOWERS)]
-    if not towers:
-        raise ValueError(
-            f"{type(model).__name__}: want a model with one of {', '.join(served)} in it"
-        )
-    parts = {
+    why = refusal(getattr(model, "config", None))
+    if why is not None:
+        raise ValueError(f"{type(model).__name__}: {why}")
+    host = next((host for host in HOSTS if host.name == model.config.model_type), None)
+    if host is not None:
+        taken = host.anatomy(model, TOWERS)
+    else:
+        towers = [family.tower(name, module) for name, module, family in find(model, TOWERS)]
+        if not towers:
+            raise ValueError(
+                f"{type(model).__name__}: want a model with one of {', '.join(supported())} in it"
+            )
+        taken = Anatomy(towers[0].family, towers)
+    taken.parts |= {
         part: name
         for name, part in _HEADS.items()
-        if isinstance(getattr(model, name, None), nn.Linear)
+        if any(True for _ in getattr(model, name, nn.Identity()).parameters())
     }
-    return Anatomy(towers[0].family, towers, parts=parts)
+    return taken

@@ -1,10 +1,11 @@
 """What the rest of fastprompt needs to know of a model: where its blocks and their parts are."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from fastprompt.blocks.parts import Parts
 from fastprompt.families.described import BlockLayout, Undescribed, describe
@@ -13,29 +14,92 @@ VISION, TEXT = "vision", "text"
 
 
 @dataclass(eq=False)
+class Rotary:
+    """The frequencies by which a block's keys are rotated.
+
+    Attributes:
+        module: what the model calls once for all of its blocks.
+        prefix: of its attributes' names, where kinds of layers have frequencies of their own.
+    """
+
+    module: nn.Module
+    prefix: str = ""
+
+    @property
+    def inv_freq(self) -> Tensor:
+        return getattr(self.module, f"{self.prefix}inv_freq")
+
+    @property
+    def attention_scaling(self) -> float:
+        return getattr(self.module, f"{self.prefix}attention_scaling")
+
+
+@dataclass(eq=False)
 class Block:
-    """One pre-norm transformer block: what a prompt passes through to become keys and values."""
+    """One transformer block: what a prompt passes through to become keys and values.
+
+    Attributes:
+        attention: the module that transformers hands to the attention function.
+        norm: before the projections; None: a post-norm block has none there.
+        like: a norm of the block's width, for that width, its dtype and its device.
+        k_proj, v_proj: the same module where it gives queries, keys and values side by side.
+        k_norm: over the channels of each head, or, ``k_norm_whole``, of all heads together.
+        rotary: prompts are rotated as positions -P .. -1; None: not rotated.
+        packed: whether its tokens are a row of several images (`Tower`).
+        without: other attentions of the layer that share its masks (cross-attention): no prompt.
+        parts: for `blocks`; None: ``undescribed`` says why there are none.
+    """
 
     name: str
     layer: nn.Module
-    attention: nn.Module  # the module that transformers hands to the attention function
-    norm: nn.Module
+    attention: nn.Module
+    norm: nn.Module | None
+    like: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
     k_norm: nn.Module | None
-    rotary: nn.Module | None  # prompts are rotated as positions -P .. -1; None: not rotated
+    k_norm_whole: bool
+    rotary: Rotary | None
     head_dim: int
-    parts: Parts | None = None  # for `blocks`; None: ``undescribed`` says why there are none
+    packed: bool = False
+    without: tuple[nn.Module, ...] = ()
+    parts: Parts | None = None
     undescribed: str = ""
 
     @property
     def width(self) -> int:
-        return self.norm.weight.shape[0]
+        return self.like.weight.shape[0]
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which its attention drops weights in training."""
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            p = getattr(self.attention, name, 0.0)
+            p = getattr(p, "p", p)  # a module's
+            if p:
+                return p
+        return 0.0
+
+    @property
+    def fused(self) -> bool:
+        return self.k_proj is self.v_proj
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of all heads' keys together, of a block whose projections are one."""
+        heads = getattr(self.attention, "num_key_value_heads", None) or self.attention.num_heads
+        return heads * self.head_dim
 
 
 @dataclass(eq=False)
 class Tower:
-    """A stack of blocks: ``blocks`` are those whose output is read, ``unread`` the ones past."""
+    """A stack of blocks: ``blocks`` are those whose output is read, ``unread`` the ones past.
+
+    Attributes:
+        rotary: the module that rotates its text; prompts then stand before the first token.
+        packed: whether images follow each other in one row [1, N], bounded by ``cu_seqlens``.
+        bias: the attention that makes all blocks' bias of relative positions (T5's).
+    """
 
     kind: str  # VISION or TEXT
     family: str
@@ -45,22 +109,27 @@ class Tower:
     blocks: list[Block]
     unread: list[Block] = field(default_factory=list)
     hands_on: bool = True  # its forward's keywords, to its blocks
-
-    @property
-    def rotary(self) -> nn.Module | None:
-        return self.blocks[0].rotary if self.blocks else None
+    rotary: nn.Module | None = None
+    packed: bool = False
+    bias: nn.Module | None = None
 
 
 @dataclass(eq=False)
 class Anatomy:
-    """A whole model, taken apart by its family."""
+    """A whole model, taken apart by its family.
+
+    Attributes:
+        host: the module whose forward runs both towers of a vision-language model.
+        parts: "projector", "lm_head", "head" -> name.
+        first_position: of a text's first token, where the host makes the masks and so has to be
+            told of positions; None: the language model is.
+    """
 
     family: str
     towers: list[Tower]
-    host: nn.Module | None = (
-        None  # the module whose forward runs both towers of a vision-language model
-    )
-    parts: dict[str, str] = field(default_factory=dict)  # "projector", "lm_head", "head" -> name
+    host: nn.Module | None = None
+    parts: dict[str, str] = field(default_factory=dict)
+    first_position: int | None = None
 
     def tower(self, kind: str) -> Tower | None:
         return next((tower for tower in self.towers if tower.kind == kind), None)
@@ -68,32 +137,63 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where one version of an architecture keeps its parts; dotted names."""
+    """Where one version of an architecture keeps its parts; dotted names.
+
+    Attributes:
+        layers: from the model; a ``*`` stands for every stack of that place.
+        attention, norm, like: from the layer. ``norm`` None: a post-norm block; ``like`` then
+            names any norm of its width.
+        norm_if: the layer's attribute that says whether ``norm`` stands before attention.
+        k_proj, v_proj: from the attention; the same name twice: one projection to q, k and v.
+        rotary: from the model; prompts are rotated as the text before its first token. None:
+            prompts are not rotated (learned positions, and rotation by places in an image).
+        rotates: the attention's attribute that says whether this layer is rotated at all.
+        without: from the layer, where it is; see `Block`.
+        bias: whether the first block's attention makes `Tower.bias`.
+    """
 
     layers: str
     attention: str
-    norm: str
+    norm: str | None
     embeddings: str
     k_proj: str = "k_proj"
     v_proj: str = "v_proj"
     rotary: str | None = None
     blocks: tuple[BlockLayout, ...] = ()  # of one block; the first that fits
     hands_on: bool = True  # the model's keywords, to its blocks
+    like: str | None = None
+    norm_if: str | None = None
+    rotates: str | None = None
+    packed: bool = False
+    without: str | None = None
+    bias: bool = False
 
 
 @dataclass(frozen=True)
 class TowerFamily:
-    """Serves a stack of blocks: ``classes`` are the transformers classes that hold it."""
+    """Serves a stack of blocks.
+
+    Attributes:
+        classes: the transformers classes that hold it.
+        types: the ``model_type`` of its configs.
+        layouts: the first whose ``layers`` and ``attention`` exist.
+        refuses: why a config of these types is not served after all; None: it is.
+    """
 
     name: str
     kind: str
     classes: tuple[str, ...]
-    layouts: tuple[Layout, ...]  # the first whose ``layers`` and ``attention`` exist
+    types: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    refuses: Callable[[PreTrainedConfig], str | None] = lambda config: None
 
     def serves(self, module: nn.Module) -> bool:
         return is_transformers(module, self.classes)
 
     def tower(self, name: str, model: nn.Module) -> Tower:
+        why = self.refuses(model.config)
+        if why is not None:
+            raise ValueError(f"{name or type(model).__name__}: {self.name} {why}")
         layout = next((each for each in self.layouts if _fits(model, each)), None)
         if layout is None:
             raise ValueError(
@@ -102,49 +202,83 @@ class TowerFamily:
             )
         rotary = attrgetter(layout.rotary)(model) if layout.rotary else None
         blocks = [
-            self._block(f"{join(name, layout.layers)}.{i}", layer, layout, rotary)
-            for i, layer in enumerate(attrgetter(layout.layers)(model))
+            _block(join(name, place), layer, layout, rotary)
+            for place, layer in _stack(model, layout.layers)
         ]
         embeddings = attrgetter(layout.embeddings)(model)
         return Tower(
-            self.kind, self.name, name, model, embeddings, blocks, hands_on=layout.hands_on
-        )
+            self.kind, self.name, name, model, embeddings, blocks, rotary=rotary,
+            hands_on=layout.hands_on, packed=layout.packed,
+            bias=blocks[0].attention if layout.bias and blocks else None,
+        )  # fmt: skip
 
-    def _block(
-        self, name: str, layer: nn.Module, layout: Layout, rotary: nn.Module | None
-    ) -> Block:
-        attention = attrgetter(layout.attention)(layer)
-        k_proj = attrgetter(layout.k_proj)(attention)
-        head_dim = getattr(attention, "head_dim", None) or attention.attention_head_size
-        norm = attrgetter(layout.norm)(layer)
-        v_proj = attrgetter(layout.v_proj)(attention)
-        rotates = rotary is not None
-        parts, why = None, ""
-        try:
-            parts = describe(
-                layer, attention, norm, k_proj, v_proj, head_dim, rotates, layout.blocks
-            )
-        except Undescribed as reason:
-            why = str(reason)
-        return Block(
-            name=name,
-            layer=layer,
-            attention=attention,
-            norm=norm,
-            k_proj=k_proj,
-            v_proj=v_proj,
-            k_norm=getattr(attention, "k_norm", None),
-            rotary=rotary,
-            head_dim=head_dim,
-            parts=parts,
-            undescribed=why,
-        )
+
+def _stack(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """(Dotted name, layer) of "layers", or of "stages.*.blocks": the blocks of every stage."""
+    outer, _, inner = path.partition(".*.")
+    found = [(f"{outer}.{i}", each) for i, each in enumerate(attrgetter(outer)(model))]
+    if not inner:
+        return found
+    return [
+        (join(name, place), layer) for name, each in found for place, layer in _stack(each, inner)
+    ]
+
+
+_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
+
+
+def _block(name: str, layer: nn.Module, layout: Layout, rotary: nn.Module | None) -> Block:
+    attention = attrgetter(layout.attention)(layer)
+    k_proj = attrgetter(layout.k_proj)(attention)
+    v_proj = attrgetter(layout.v_proj)(attention)
+    head_dim = next(getattr(attention, n) for n in _HEAD_DIM if hasattr(attention, n))
+    like = attrgetter(layout.like or layout.norm)(layer)
+    before = layout.norm and (layout.norm_if is None or getattr(layer, layout.norm_if))
+    norm = attrgetter(layout.norm)(layer) if before else None
+    k_norm = getattr(attention, "k_norm", None)
+    if isinstance(k_norm, nn.Identity):
+        k_norm = None
+    rotates = rotary is not None and (layout.rotates is None or getattr(attention, layout.rotates))
+    parts, why = None, ""
+    try:
+        parts = describe(layer, attention, norm, k_proj, v_proj, head_dim, rotates, layout.blocks)
+    except Undescribed as reason:
+        why = str(reason)
+    return Block(
+        name=name,
+        layer=layer,
+        attention=attention,
+        norm=norm,
+        like=like,
+        k_proj=k_proj,
+        v_proj=v_proj,
+        k_norm=k_norm,
+        k_norm_whole=k_norm is not None and k_norm.weight.shape[-1] != head_dim,
+        rotary=_rotary(rotary, attention) if rotates else None,
+        head_dim=head_dim,
+        packed=layout.packed,
+        without=_at(layer, layout.without),
+        parts=parts,
+        undescribed=why,
+    )
+
+
+def _at(layer: nn.Module, name: str | None) -> tuple[nn.Module, ...]:
+    try:
+        return () if name is None else (attrgetter(name)(layer),)
+    except AttributeError:
+        return ()
+
+
+def _rotary(module: nn.Module, attention: nn.Module) -> Rotary:
+    prefix = f"{getattr(attention, 'layer_type', '')}_"
+    return Rotary(module, prefix if hasattr(module, f"{prefix}inv_freq") else "")
 
 
 def _fits(model: nn.Module, layout: Layout) -> bool:
     try:
-        layers = attrgetter(layout.layers)(model)
-        return len(layers) == 0 or attrgetter(f"{layout.attention}.{layout.k_proj}")(layers[0])
+        layers = _stack(model, layout.layers)
+        return not layers or attrgetter(f"{layout.attention}.{layout.k_proj}")(layers[0][1])
     except AttributeError:
         return False
 

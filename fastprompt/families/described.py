@@ -6,7 +6,7 @@ from operator import attrgetter
 
 from torch import nn
 
-from fastprompt.blocks.parts import LAYER, RMS, Norm, Parts, Vector
+from fastprompt.blocks.parts import LAYER, RMS, RMS_PLUS_ONE, Norm, Parts, Vector
 
 _ACTIVATIONS = {
     "SiLU": "silu",
@@ -55,7 +55,7 @@ class Undescribed(Exception):
 def describe(
     layer: nn.Module,
     attention: nn.Module,
-    norm: nn.Module,
+    norm: nn.Module | None,
     k_proj: nn.Module,
     v_proj: nn.Module,
     head_dim: int,
@@ -128,6 +128,8 @@ def _norm(module: nn.Module | None) -> Norm | None:
         return Norm(module, LAYER, module.eps)
     if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         return Norm(module, RMS, module.variance_epsilon)
+    if type(module).__name__ == "GemmaRMSNorm":
+        return Norm(module, RMS_PLUS_ONE, module.eps)
     raise Undescribed(f"a {type(module).__name__}, which frozen blocks do not know")
 
 

@@ -1,9 +1,11 @@
-"""Vision encoders and CLIP-like text encoders of transformers: pre-norm, learned positions.
+"""Vision encoders and CLIP-like text encoders of transformers, all pre-norm.
 
-Tokens keep their learned positions and prompts carry none, as VPT-deep has it (section 3.2 of
-arXiv 2203.12119: prompts are inserted after the position embedding).
+Tokens keep their positions and prompts carry none, as VPT-deep has it (section 3.2 of arXiv
+2203.12119: prompts are inserted after the position embedding). So where places in an image rotate
+keys, prompts are not rotated, and where they add a bias to scores (BEiT, Swin), prompts' is 0.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from fastprompt.families.base import TEXT, VISION, Layout, TowerFamily
@@ -53,34 +55,27 @@ _CLIP_LAYER = replace(
     dropout="dropout",
 )
 
-VIT = TowerFamily(
-    "vit",
-    VISION,
-    ("ViTModel",),
-    (Layout("layers", "attention", "layernorm_before", "embeddings", blocks=(_VIT_LAYER,)),),
-)
 
-_DINOV2 = Layout("layers", "attention", "norm1", "embeddings", blocks=_DINOV2_LAYERS)
+def _family(name: str, model: str, *layouts: Layout) -> TowerFamily:
+    return TowerFamily(name, VISION, (model,), (name,), layouts)
 
-DINOV2 = TowerFamily(
-    "dinov2",
-    VISION,
-    ("Dinov2Model", "Dinov2Backbone"),
-    (
-        _DINOV2,
-        replace(_DINOV2, layers="encoder.layers"),
-        replace(_DINOV2, layers="encoder.layer"),
-        # transformers 5.17
-        replace(
-            _DINOV2,
-            layers="encoder.layer",
-            attention="attention.attention",
-            k_proj="key",
-            v_proj="value",
-            hands_on=False,
-        ),
-    ),
-)
+
+_VIT = Layout("layers", "attention", "layernorm_before", "embeddings")
+
+
+def _vit(name: str, model: str, layer: str) -> TowerFamily:
+    return _family(name, model, replace(_VIT, blocks=(replace(_VIT_LAYER, layer=layer),)))
+
+
+def _dinov2(layer: str) -> tuple[Layout, ...]:
+    blocks = tuple(replace(each, layer=layer) for each in _DINOV2_LAYERS)
+    first = Layout("layers", "attention", "norm1", "embeddings", blocks=blocks)
+    deeper = replace(first, layers="encoder.layer")
+    # transformers 5.17
+    older = replace(
+        deeper, attention="attention.attention", k_proj="key", v_proj="value", hands_on=False
+    )
+    return first, replace(first, layers="encoder.layers"), deeper, older
 
 
 def _clip(layer: str, hands_on: bool) -> tuple[Layout, ...]:
@@ -94,11 +89,56 @@ def _clip(layer: str, hands_on: bool) -> tuple[Layout, ...]:
     return first, *deeper
 
 
-_CLIP, _SIGLIP = _clip("CLIPEncoderLayer", True), _clip("SiglipEncoderLayer", False)
+def _two_towers(name: str, stem: str, hands_on: bool) -> Iterator[TowerFamily]:
+    layouts = _clip(f"{stem}EncoderLayer", hands_on)
+    for kind, part in ((VISION, "Vision"), (TEXT, "Text")):
+        classes = (f"{stem}{part}Model", f"{stem}{part}Transformer")
+        yield TowerFamily(name, kind, classes, (f"{name}_{kind}_model",), layouts)
 
-CLIP_VISION = TowerFamily("clip", VISION, ("CLIPVisionModel", "CLIPVisionTransformer"), _CLIP)
-CLIP_TEXT = TowerFamily("clip", TEXT, ("CLIPTextModel", "CLIPTextTransformer"), _CLIP)
-SIGLIP_VISION = TowerFamily(
-    "siglip", VISION, ("SiglipVisionModel", "SiglipVisionTransformer"), _SIGLIP
+
+# images of all samples follow one another in one row without a batch axis
+_QWEN = Layout("blocks", "attn", "norm1", "patch_embed", k_proj="qkv", v_proj="qkv", packed=True)
+
+ENCODERS = (
+    _vit("vit", "ViTModel", "ViTLayer"),
+    _vit("deit", "DeiTModel", "DeiTLayer"),
+    TowerFamily(
+        "dinov2",
+        VISION,
+        ("Dinov2Model", "Dinov2Backbone"),
+        ("dinov2",),
+        _dinov2("Dinov2Layer"),
+    ),
+    TowerFamily(
+        "dinov2_with_registers",
+        VISION,
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
+        ("dinov2_with_registers",),
+        _dinov2("Dinov2WithRegistersLayer"),
+    ),
+    _family(
+        "dinov3_vit", "DINOv3ViTModel", Layout("model.layer", "attention", "norm1", "embeddings")
+    ),
+    *_two_towers("clip", "CLIP", True),
+    *_two_towers("siglip", "Siglip", False),
+    *_two_towers("siglip2", "Siglip2", False),
+    # relative positions are added to scores, as a mask
+    _family("beit", "BeitModel", _VIT),
+    # windows are samples to its attention: each sees the prompts
+    _family(
+        "swin",
+        "SwinModel",
+        replace(_VIT, layers="encoder.layers.*.blocks", embeddings="embeddings.norm"),
+    ),
+    _family("internvl_vision", "InternVLVisionModel", replace(_VIT, layers="encoder.layer")),
+    _family("idefics3_vision", "Idefics3VisionTransformer", *_clip("Idefics3EncoderLayer", False)),
+    _family("smolvlm_vision", "SmolVLMVisionTransformer", *_clip("SmolVLMEncoderLayer", False)),
+    _family(
+        "pixtral",
+        "PixtralVisionModel",
+        Layout("transformer.layers", "attention", "attention_norm", "ln_pre"),
+    ),
+    _family("qwen2_vl_vision", "Qwen2VisionTransformerPretrainedModel", _QWEN),
+    _family("qwen2_5_vl_vision", "Qwen2_5_VisionTransformerPretrainedModel", _QWEN),
+    _family("qwen3_vl_vision", "Qwen3VLVisionModel", _QWEN),
 )
-SIGLIP_TEXT = TowerFamily("siglip", TEXT, ("SiglipTextModel", "SiglipTextTransformer"), _SIGLIP)

@@ -151,9 +151,9 @@ def _anatomy(model: nn.Module) -> _Anatomy:
 
 def _of_transformers(model: PreTrainedModel) -> _Anatomy:
     tower = families.anatomy(model).tower(families.VISION)
-    if tower is None or tower.family == "siglip":
-        what = "no vision tower" if tower is None else "SigLIP, which has no CLS token"
-        raise ValueError(f"backbone: want a vision model with a CLS token, got {what}")
+    if tower is None or tower.family not in ("vit", "dinov2", "clip"):
+        what = "no vision tower" if tower is None else tower.family
+        raise ValueError(f"backbone: want a ViT, DINOv2 or CLIP vision tower, got {what}")
     inside = getattr(tower.model, "vision_model", tower.model)
     # CLIP alone leaves the last norm to whoever pools
     norm = getattr(inside, "post_layernorm", nn.Identity())

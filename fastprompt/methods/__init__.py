@@ -19,6 +19,7 @@ __all__ = [
     "InstructionViT",
     "Method",
     "default_for",
+    "default_of",
     "from_card",
 ]
 
@@ -27,8 +28,12 @@ _BY_NAME = {cls.__name__: cls for cls in (M2PT, VPT, DeepPrompts, L2P, DualPromp
 
 def default_for(anatomy: Anatomy) -> Method:
     """M2PT for a vision-language model, VPT-deep for a vision model, else deep prompts."""
-    kinds = {tower.kind for tower in anatomy.towers}
-    if "projector" in anatomy.parts:
+    return default_of({tower.kind for tower in anatomy.towers}, "projector" in anatomy.parts)
+
+
+def default_of(kinds: set[str], projector: bool) -> Method:
+    """As `default_for`, of a model with these kinds of towers."""
+    if projector:
         return M2PT()
     if kinds == {VISION}:
         return VPT()

@@ -14,6 +14,7 @@ from fastprompt.families import VISION, Anatomy, Tower
 from fastprompt.methods.base import Method
 from fastprompt.ops import reference, select_prompts
 from fastprompt.pools import Pool, PoolKeys
+from fastprompt.pools.pool import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class PoolMethod(Method):
         if anatomy.host is not None:
             raise ValueError(f"{kind}: want a vision model, got {anatomy.family}")
         super().check(anatomy)
+        family = anatomy.tower(VISION).family
+        if family not in FAMILIES:
+            raise ValueError(f"{kind}: want one of {', '.join(FAMILIES)}; got {family}")
         depth = len(anatomy.tower(VISION).blocks)
         for name, layers in self.used_layers().items():
             if not isinstance(layers, tuple) or len({*layers}) != len(layers):

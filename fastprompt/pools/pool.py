@@ -135,7 +135,7 @@ class Pool:
             yield
         finally:
             for config in configs:
-                config._attn_implementation_internal = attention.NAME
+                config._attn_implementation_internal = attention.name_for(self.tower)
             for module in training:
                 module.training = True
 
@@ -172,6 +172,19 @@ class Pool:
     def __getstate__(self) -> dict:
         # a copy starts between two forwards; a graph could not be copied
         return {**self.__dict__, "given": None, "choice": None, "loss": None}
+
+
+# towers whose feature is known, all of one width and with a batch axis
+FAMILIES = (
+    "vit",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "beit",
+    "clip",
+    "siglip",
+)
 
 
 def image_feature(family: str, out: Any) -> Tensor:

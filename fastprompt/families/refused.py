@@ -1,0 +1,17 @@
+"""Architectures that are refused, by ``model_type``: why prompts as side keys do not fit them."""
+
+_ALIBI = "its scores fall with distance (ALiBi), and prompts have none that is published"
+_RECURRENT = "it keeps a state instead of keys, so prompts have nothing to be keys of"
+_TWO_ATTENTIONS = "its decoder has two attentions a block, and which prompts belong to is open"
+REASONS = {
+    "bloom": _ALIBI,
+    "mpt": _ALIBI,
+    "mamba": _RECURRENT,
+    "mamba2": _RECURRENT,
+    "rwkv": _RECURRENT,
+    "mllama": _TWO_ATTENTIONS,
+    "bart": _TWO_ATTENTIONS,
+    "whisper": _TWO_ATTENTIONS,
+    "deepseek_v3": "its keys come out of a compressed latent, not out of one projection",
+    "swinv2": "its scores are cosines with a learned scale, which no kernel of ours computes",
+}
