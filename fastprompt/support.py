@@ -52,7 +52,7 @@ def _of_config(config: PreTrainedConfig) -> Support:
     if why is not None:
         return Support(reason=why)
     kind = config.model_type
-    if kind in {host.name for host in families.HOSTS}:
+    if kind in {each for host in families.HOSTS for each in host.types}:
         return Support(kind, default_of({families.VISION, families.TEXT}, projector=True))
     serving = [family for family in families.TOWERS if kind in family.types]
     kinds = {family.kind for family in serving} or {families.VISION, families.TEXT}

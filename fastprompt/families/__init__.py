@@ -28,7 +28,7 @@ def supported() -> list[str]:
 
 def refusal(config: PreTrainedConfig | None) -> str | None:
     """Why no model with this config can be patched; None: one can."""
-    if getattr(config, "model_type", "") not in {host.name for host in HOSTS}:
+    if getattr(config, "model_type", "") not in {kind for host in HOSTS for kind in host.types}:
         return _refusal(config, supported())
     for part in ("vision_config", "text_config"):
         why = _refusal(getattr(config, part), list(dict.fromkeys(f.name for f in TOWERS)))
@@ -61,7 +61,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     why = refusal(getattr(model, "config", None))
     if why is not None:
         raise ValueError(f"{type(model).__name__}: {why}")
-    host = next((host for host in HOSTS if host.name == model.config.model_type), None)
+    host = next((host for host in HOSTS if model.config.model_type in host.types), None)
     if host is not None:
         taken = host.anatomy(model, TOWERS)
     else:

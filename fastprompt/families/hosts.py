@@ -16,7 +16,7 @@ class Host:
     """One kind of vision-language model.
 
     Attributes:
-        name: its configs' ``model_type``.
+        name: its configs' ``model_type``; ``also``: other such, of the same parts.
         model: the class whose forward runs both towers, alone or as ``model`` of another.
         vision, text, projector: where they are in it; dotted names.
         taps: whether a ``vision_feature_layer`` says which hidden state is read.
@@ -30,6 +30,11 @@ class Host:
     projector: str = "multi_modal_projector"
     taps: bool = False
     first_position: int | None = None
+    also: tuple[str, ...] = ()
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        return self.name, *self.also
 
     def anatomy(self, model: nn.Module, families: tuple[TowerFamily, ...]) -> Anatomy:
         places = {"": model, "model": getattr(model, "model", None)}
@@ -60,7 +65,7 @@ _QWEN = dict(vision="visual", projector="visual.merger")
 _IDEFICS = dict(vision="vision_model", text="text_model", projector="connector")
 
 HOSTS = (
-    Host("llava", "LlavaModel", taps=True),
+    Host("llava", "LlavaModel", taps=True, also=("llava_linear",)),
     Host("llava_next", "LlavaNextModel", taps=True),
     Host("llava_onevision", "LlavaOnevisionModel", taps=True),
     Host("qwen2_vl", "Qwen2VLModel", **_QWEN),
