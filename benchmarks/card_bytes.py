@@ -106,19 +106,32 @@ class Card:
         return self.shape.text.width
 
     @cached_property
-    def resident(self) -> int:
-        """Bytes that are there between two steps."""
-        s, model = self.shape, self._model
-        layers = sum(depth * layer_bytes(layer) for depth, layer, _ in self._layers.values())
+    def packed(self) -> int:
+        """Bytes of both towers' layers."""
+        return sum(depth * layer_bytes(layer) for depth, layer, _ in self._layers.values())
+
+    @cached_property
+    def projector(self) -> int:
+        return sum(p.numel() for p in self._model.model.multi_modal_projector.parameters())
+
+    @cached_property
+    def trained(self) -> int:
+        """Numbers in prompts and projector."""
+        s = self.shape
         prompts = s.text.layers * s.textual * self.width
         prompts += (s.vision.layers - 1) * s.visual * s.vision.width  # nothing reads the last
+        return prompts + self.projector
+
+    @cached_property
+    def resident(self) -> int:
+        """Bytes that are there between two steps."""
+        model = self._model
         inside = {id(p) for _, layer, _ in self._layers.values() for p in layer.parameters()}
         inside |= {id(p) for p in model.model.vision_tower.encoder.layers.parameters()}
         dense = 2 * sum(p.numel() for p in model.parameters() if id(p) not in inside)
-        projector = sum(p.numel() for p in model.model.multi_modal_projector.parameters())
         # patch() keeps the projector that was there, for undo()
-        dense -= 2 * projector * (self.way == REF)
-        return layers + dense + TRAINS * (prompts + projector)
+        dense -= 2 * self.projector * (self.way == REF)
+        return self.packed + dense + TRAINS * self.trained
 
     def kept(self, kind: str) -> int:
         """Bytes a row of the batch that one layer of a tower keeps on the card until backward."""

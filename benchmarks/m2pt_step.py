@@ -69,6 +69,18 @@ def _peft(case: Case, mode: str) -> Step:
     return training.step_of(case, model.train(), trained)
 
 
+# ---- fp8 ----
+
+
+def _fp8(case: Case, mode: str) -> Step:
+    if case.device == "cpu":
+        raise NotMeasured("the CPU only emulates fp8")
+    if torch.cuda.get_device_capability() < (8, 9):
+        raise NotMeasured("this card has no fp8: its capability is below 8.9")
+    model = case.model()
+    return training.step_of(case, model, training.patched(case, model, mode, compute="fp8"))
+
+
 # ---- what cannot be avoided ----
 
 
@@ -122,6 +134,12 @@ BENCHMARK = Benchmark(
     truth=training.truth,
     providers={
         **training.PROVIDERS,
+        "fastprompt-fp8": Provider(
+            _fp8,
+            'fastprompt.patch(compute="fp8")',
+            ours=True,
+            exempt="coarser by design: benchmarks/fp8_error.py says how much",
+        ),
         "ref-liger": Provider(_liger, "ref with liger-kernel's operations and fused loss"),
         "peft-prefix": Provider(
             _peft, "PEFT's prefix tuning of the language model", exempt="other work: no prompt rows"

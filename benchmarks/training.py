@@ -171,8 +171,10 @@ def side_keys(case: Case, mode: str) -> Step:
     return step_of(case, model, patched(case, model, mode))
 
 
-def patched(case: Case, model: nn.Module, mode: str) -> dict[str, nn.Parameter]:
-    patch = fastprompt.patch(model, case.method, memory=MEMORY[mode])
+def patched(
+    case: Case, model: nn.Module, mode: str, compute: str = "auto"
+) -> dict[str, nn.Parameter]:
+    patch = fastprompt.patch(model, case.method, memory=MEMORY[mode], compute=compute)
     trained = case.trained(model, patch.prompts)
     if trained.keys() != patch.trainable.keys():
         raise RuntimeError(f"other things train: {sorted(trained.keys() ^ patch.trainable.keys())}")

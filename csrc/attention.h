@@ -14,6 +14,15 @@ struct Rows {
   int64_t sample, head, row;
 };
 
+// What is added to the tokens' scores, or where they may be seen: for key j of query n of head h of
+// sample b at data[b * sample + h * head + n * row + j * key].
+struct Mask {
+  enum Kind : int { f32 = 0, bf16 = 1, seen = 2 };  // seen: bool
+  const void* data;  // null: none
+  int64_t sample, head, row, key;
+  Kind kind;
+};
+
 struct Attention {
   Rows q, k, v, prompt_k, prompt_v;  // prompts have a set for a sample
   Rows out, dout;
@@ -21,6 +30,7 @@ struct Attention {
   float* lse;               // [B, H, N]
   float* dprompt;           // [shares, 2, sets, heads_kv, P, d], zeroed; null: not asked
   const uint8_t* key_mask;  // [B, M], 0: hidden; null: none
+  Mask mask;                // of floats only where softcap is 0
   const int64_t* set_of;    // [B]: which set of prompts a sample sees; null: the first
   const int64_t* lengths;   // [sets]: so many rows of a set exist; null: P
   int64_t B, H, heads_kv, N, M, P, d;

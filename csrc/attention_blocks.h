@@ -5,6 +5,7 @@
 // sums and masks are vertical, and rows of keys and values serve `product` as they are, untransposed.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "attention_single.h"
@@ -169,13 +170,15 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
   }
 
   // Scores [keys seen, across], prompts first; -inf where a query may not look.
-  void score(float* s, const float* q, int64_t b, int64_t n, const Seen& at, int64_t across) {
+  void score(float* s, const float* q, int64_t b, int64_t h, int64_t n, int64_t count,
+             const Seen& at, int64_t across) {
     product({prompts_.k.data, prompts_.k.row, 1, q, across, s, across}, P_, across, a_.d, false);
     s += P_ * across;
     const Matrix& k = tokens_.k;
     product({k.data + at.first * k.row, k.row, 1, q, across, s, across}, at.last - at.first, across,
             a_.d, false);
     if (a_.softcap) cap(s - P_ * across, (P_ + at.last - at.first) * across, a_.softcap);
+    if (a_.mask.data) add_mask(s, b, h, n, count, at, across);
     if (!a_.key_mask && !a_.causal && !a_.window) return;
     for (int64_t j = at.first; j < at.last; ++j, s += across) {
       const int64_t here = j - (a_.M - a_.N) - n;  // the query of the block that stands at key j
@@ -186,13 +189,33 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
     }
   }
 
+  void add_mask(float* s, int64_t b, int64_t h, int64_t n, int64_t count, const Seen& at,
+                int64_t across) {
+    const Mask& m = a_.mask;
+    const int64_t from = b * m.sample + h * m.head + n * m.row + at.first * m.key;
+    const auto add = [&](const auto* mask, auto value) {
+      for (int64_t j = 0; j < at.last - at.first; ++j)
+        for (int64_t i = 0; i < count; ++i)
+          s[j * across + i] += value(mask[from + i * m.row + j * m.key]);
+    };
+    // whoever writes the lowest number means hidden
+    const auto number = [](auto x, float lowest) { return x <= lowest ? -kInfinity : x; };
+    if (m.kind == Mask::seen)
+      add(static_cast<const uint8_t*>(m.data), [](uint8_t x) { return x ? 0.0f : -kInfinity; });
+    else if (m.kind == Mask::f32)
+      add(static_cast<const float*>(m.data), [&](float x) { return number(x, -FLT_MAX); });
+    else
+      add(static_cast<const uint16_t*>(m.data),
+          [&](uint16_t x) { return number(widen(x), widen(uint16_t(0xff7f))); });
+  }
+
   void answer(int64_t b, int64_t h, int64_t n, int64_t end) {
     const int64_t count = end - n, across = whole(count);
     const Seen at = seen(n, end);
     const int64_t keys = P_ + at.last - at.first;
     const float* q = columns(rows(a_.q, b, h, n, count), count, across, a_.scale);
     float* s = scratch_.take(keys * across);
-    score(s, q, b, n, at, across);
+    score(s, q, b, h, n, count, at, across);
 
     alignas(64) float top[kBlock], total[kBlock];
     exponentials(s, keys, across, top, total);
@@ -240,7 +263,7 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
 
     float* p = scratch_.take(keys * across);
     float* ds = scratch_.take(keys * across);
-    score(p, q_columns, b, n, at, across);
+    score(p, q_columns, b, h, n, count, at, across);
     const Matrix &own = prompts_.v, &v = tokens_.v;
     product({own.data, own.row, 1, dout_columns, across, ds, across}, P_, across, a_.d, false);
     product({v.data + at.first * v.row, v.row, 1, dout_columns, across, ds + P_ * across, across},

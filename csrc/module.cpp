@@ -132,12 +132,15 @@ void multiply(uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t code
 // A tensor's address and its strides by sample, head and row; all 0 where there is none.
 using Address = std::array<int64_t, 4>;
 
+// A mask's address, its strides by sample, head, row and key, and its kind.
+using MaskAddress = std::array<int64_t, 6>;
+
 Rows rows_at(const Address& a) { return {reinterpret_cast<void*>(a[0]), a[1], a[2], a[3]}; }
 
 // The forward writes out and lse, the backward reads them and dout.
 void attention(const std::array<Address, 7>& inputs, const std::array<Address, 3>& gradients,
-               const std::array<uintptr_t, 5>& addresses, const std::array<int64_t, 9>& sizes,
-               int64_t window, float scale, float softcap, int dtype, bool causal, bool backward,
+               const std::array<uintptr_t, 5>& addresses, const MaskAddress& mask,
+               const std::array<int64_t, 9>& sizes, int64_t window, float scale, float softcap, int dtype, bool causal, bool backward,
                bool tokens, int parts, int threads, size_t variant) {
   struct Task {
     Attention attention;
@@ -154,6 +157,8 @@ void attention(const std::array<Address, 7>& inputs, const std::array<Address, 3
   a.key_mask = reinterpret_cast<const uint8_t*>(addresses[2]);
   a.set_of = reinterpret_cast<const int64_t*>(addresses[3]);
   a.lengths = reinterpret_cast<const int64_t*>(addresses[4]);
+  a.mask = {reinterpret_cast<const void*>(mask[0]), mask[1], mask[2], mask[3], mask[4],
+            static_cast<Mask::Kind>(mask[5])};
   a.B = sizes[0], a.H = sizes[1], a.heads_kv = sizes[2], a.N = sizes[3], a.M = sizes[4];
   a.P = sizes[5], a.d = sizes[6], a.sets = sizes[7], a.shares = sizes[8];
   a.window = window, a.scale = scale, a.softcap = softcap, a.dtype = static_cast<Dtype>(dtype);

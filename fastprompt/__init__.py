@@ -7,6 +7,7 @@ from fastprompt.checkpoint import load, read_card, save
 from fastprompt.doctor import report
 from fastprompt.families import supported
 from fastprompt.patching import Patch, patch, patch_of
+from fastprompt.prefix_cache import prefix_cache
 from fastprompt.reporting import Share, trainable_share
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "ops",
     "patch",
     "patch_of",
+    "prefix_cache",
     "read_card",
     "report",
     "save",

@@ -1,4 +1,4 @@
-"""``fastprompt doctor``: the command line."""
+"""``fastprompt doctor`` and ``fastprompt eval``: the command line."""
 
 import argparse
 import sys
@@ -9,7 +9,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastprompt", description="Prompt tuning, fused.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what is active on this machine, and does it work")
-    parser.parse_args(arguments)
+    commands.add_parser("eval", help="a model's scores on benchmarks", add_help=False)
+    options, rest = parser.parse_known_args(arguments)
+
+    if options.command == "eval":
+        from fastprompt.eval import run
+
+        return run.main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     from fastprompt import doctor
 

@@ -58,21 +58,22 @@ class SideKeys:
             p.requires_grad for m in (self.prompt, *block_modules(block)) for p in m.parameters()
         )
         if tracked or self.prompt.training or not self._may_cache():
-            return self._compute(dtype)
+            return self.compute(dtype)
         key = self._key(dtype)
         kept = self.prompt.cached(key)
         if kept is None:
             # a tensor made under inference_mode could not be used in a later graph
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._compute(dtype)
+                kept = self.compute(dtype)
             self.prompt.keep(key, kept)
         return kept
 
-    def _compute(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def compute(self, dtype: torch.dtype, first: int | None = None) -> tuple[Tensor, Tensor]:
+        """[Hkv, P, d] each, of the prompt at positions from ``first`` on; -P unless given."""
         # a batch axis of one: what modules and hooks of a block are used to
         k, v = (x[0] for x in self.project(self.prompt.tokens.flatten(0, -2)[None]))
         if self.block.rotary is not None:
-            k = rotate(k, self.block.rotary)
+            k = rotate(k, self.block.rotary, first)
         return k.to(dtype), v.to(dtype)
 
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:

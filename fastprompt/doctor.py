@@ -9,7 +9,10 @@ from torch import Tensor
 
 from fastprompt import native, ops
 from fastprompt.ops import reference
+from fastprompt.ops.fp8_linear import fp8_linear, fp8_linear_backward, row_scales
+from fastprompt.ops.packed import unpack
 from fastprompt.ops.prompt_attention import chosen_backend
+from fastprompt.ops.quantize_rows import quantize_rows
 from fastprompt.ops.select_prompts import chosen_backend as selection_backend
 
 PACKAGES = ("torch", "transformers", "triton", "bitsandbytes", "accelerate")
@@ -68,6 +71,9 @@ def _checks(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
         yield f"prompt_attention, one query, {kind}", lambda like=like: _attention(like, 1)
         yield f"select_prompts, {kind}", lambda like=like: _selection(like)
         yield f"rms_norm, {kind}", lambda like=like: _norm(like)
+    if device == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9):
+        kind = "emulated" if device == "cpu" else "torch._scaled_mm"
+        yield f"4-bit weights in fp8 ({kind})", lambda: _fp8(device)
     yield "4-bit weights against bitsandbytes'", lambda: _four_bit(device)
 
 
@@ -117,6 +123,24 @@ def _four_bit(device: str) -> str:
     dense = bnb.dequantize_4bit(packed, state)
     ours, eager = ops.nf4_linear(x, (packed, state)), x @ dense.mT
     return _no_worse([ours], [eager], [x.double() @ dense.double().mT])
+
+
+def _fp8(device: str) -> str:
+    """Both directions, against the numbers that the weight was quantised to."""
+    from bitsandbytes import functional as bnb
+
+    weight = _random(torch.empty(0, dtype=torch.bfloat16, device=device), 256, 128)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    opened, dense = [unpack((packed, state))], bnb.dequantize_4bit(packed, state).double()
+    scales = row_scales(opened)
+    x, dy = _random(weight, 33, 128), _random(weight, 33, 256)
+    y = fp8_linear(quantize_rows(x), opened, scales, None)
+    dx = fp8_linear_backward(quantize_rows(dy, scales), opened, scales)
+    for got, want in ((y, x.double() @ dense.mT), (dx, dy.double() @ dense)):
+        off = (got - want).norm() / want.norm()
+        if not off <= 0.05:  # two operands, each rounded to 0.027 of itself on average
+            return f"off by {off:.1e}, where 5.0e-02 is allowed"
+    return ""
 
 
 def _no_worse(ours, eager, truth) -> str:

@@ -58,9 +58,13 @@ def opened(module: nn.Module, x: Tensor) -> tuple[tuple[Tensor, Any], torch.dtyp
     if not module.compute_type_is_set:  # bitsandbytes infers it from the first input
         module.set_compute_type(x)
         module.compute_type_is_set = True
+    return (module.weight, state_of(module)), module.compute_dtype or x.dtype
+
+
+def state_of(module: nn.Module) -> Any:
+    """The QuantState of a Linear4bit; None before it is quantised."""
     # under FSDP2 the weight is a plain Parameter and the module alone has the state
-    state = getattr(module.weight, "quant_state", None) or module.quant_state
-    return (module.weight, state), module.compute_dtype or x.dtype
+    return getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
 
 
 def adopt(model: nn.Module) -> dict[str, nn.Module]:
@@ -81,8 +85,8 @@ def adopt(model: nn.Module) -> dict[str, nn.Module]:
     from bitsandbytes.nn import Linear4bit
 
     found = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit) and _slot(m)}
-    repacked = {n: m for n, m in found.items() if hasattr(_state(m), "original_dtype")}
-    lost = [n for n, m in repacked.items() if not _exact(_state(m))]
+    repacked = {n: m for n, m in found.items() if hasattr(state_of(m), "original_dtype")}
+    lost = [n for n, m in repacked.items() if not _exact(state_of(m))]
     if lost:
         raise ValueError(
             f"{len(lost)} 4-bit weights (the first is {lost[0]!r}) were repacked by bitsandbytes "
@@ -120,10 +124,6 @@ def _function(f: Callable) -> Any:
     return getattr(f, "__func__", f)
 
 
-def _state(module: nn.Module) -> Any:
-    return getattr(module.weight, "quant_state", None) or getattr(module, "quant_state", None)
-
-
 def _exact(state: Any) -> bool:
     """Whether repacking lost nothing. It rounds the scales to bfloat16, which scales of a bfloat16
     weight are already, and drops nested scales."""
@@ -133,7 +133,7 @@ def _exact(state: Any) -> bool:
 def _unrepack(module: nn.Module) -> None:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-    weight, state = module.weight, _state(module)
+    weight, state = module.weight, state_of(module)
     absmax = state.absmax.T if state.absmax.ndim == 2 else state.absmax  # the inverse forgets this
     absmax = absmax.reshape(-1).float()
     if getattr(state, "packing_format_for_cpu", False):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 ABI = 5  # csrc/module.cpp has the same; a module left from another version is not called
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/decode.h: Dtype
+MASKS = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 2}  # csrc/attention.h: Mask::Kind
 
 
 @functools.cache
@@ -193,6 +194,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     prompt_index: Tensor | None = None,
     prompt_len: Tensor | None = None,
     dout: Tensor | None = None,
@@ -212,6 +214,8 @@ def attention(
         lse: [B, H, N] contiguous float32, written, or read; -inf where a query saw nothing.
         causal, scale, window, softcap, key_mask: as in `ops.prompt_attention`; key_mask [B, M]
             contiguous.
+        attn_mask: [B or 1, H or 1, N, M] of any strides: bool, or float32 or bfloat16 where there
+            is no softcap.
         prompt_index, prompt_len: [B] and [S] contiguous int64, 0 .. S - 1 and 0 .. P: the set of
             each sample and the rows of each set. Not looked at here: see `options.check_values`.
         token_grads: (dq, dk, dv), written; None where tokens want none.
@@ -260,6 +264,7 @@ def attention(
         [_rows(t) for t in inputs],
         [_rows(t) for t in grads],
         [0 if t is None else _check(name, t, *want) for name, (t, *want) in small.items()],
+        _mask(attn_mask, (B, H, N, M), softcap),
         [B, H, Hkv, N, M, P, d, sets, shares],
         window or 0,
         scale,
@@ -342,6 +347,15 @@ def select(
         index,
     )
     return tokens, indices, scores
+
+
+def _mask(t: Tensor | None, shape: tuple[int, ...], softcap: float | None) -> tuple[int, ...]:
+    if t is None:
+        return (0,) * 6
+    kind = MASKS.get(t.dtype)
+    if kind is None or not t.is_cpu or (softcap and t.dtype != torch.bool):
+        raise ValueError(f"attn_mask: want one of {[*MASKS]}, on the CPU, and bool with softcap")
+    return t.data_ptr(), *t.expand(shape).stride(), kind
 
 
 def _rows(t: Tensor | None) -> tuple[int, int, int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from fastprompt import families, reporting, tapping
+from fastprompt.blocks import fp8
 from fastprompt.blocks.frozen import Frozen
 from fastprompt.blocks.memory import CHOICES as MEMORIES
 from fastprompt.blocks.memory import Memory
@@ -34,6 +35,7 @@ class Patch:
         replaced: module name -> what stands there now.
         skipped: module name -> why it was left alone.
         backend: which implementation of `ops.prompt_attention` runs.
+        compute: what the blocks' products are computed in.
         pool: what chooses prompts for each sample, under L2P, DualPrompt and CODA-Prompt.
         memory, memories: what to keep of each block for backward: as asked, and by tower.
         unfused: block name -> why it never runs as one node.
@@ -53,6 +55,7 @@ class Patch:
     unfused: dict[str, str] = field(default_factory=dict)
     logits: bool = False
     loss: FusedLoss | str = "no language model's head"
+    compute: str = "auto"
     _names: list[str] = field(default_factory=list)  # of the parameters that train
     _undo: list[tuple[str, Any]] = field(default_factory=list)  # newest last
 
@@ -150,6 +153,7 @@ def patch(
     *,
     backend: str = "auto",
     memory: str = "auto",
+    compute: str = "auto",
     logits: bool = False,
 ) -> Patch:
     """Give ``model`` trainable prompts; everything that the method does not name is frozen.
@@ -170,6 +174,11 @@ def patch(
             KB); "offload": that input in the host's memory. "auto" takes the fastest that fits,
             at the first training forward and when the tokens grow. "off" runs transformers' own
             layers. Gradient checkpointing turns each into "low".
+        compute: "auto": in the dtype that the backbone computes in. "fp8": the products of frozen
+            4-bit blocks that compute in bfloat16 run in fp8 (e4m3, a scale for each row), on
+            NVIDIA cards of capability 8.9 and newer; gradients are then some ten times as far
+            from exact as bfloat16's. On the CPU it is emulated, slowly. The report says which
+            products do not, and why.
         logits: whether a language model, given labels in training, returns its logits beside its
             loss. By default they are None there and never made: at 7B they take more memory than
             half of the blocks. In evaluation, and without labels, they are there always.
@@ -185,14 +194,18 @@ def patch(
         raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {backend!r}")
     if memory not in MEMORIES:
         raise ValueError(f"memory: want one of {', '.join(MEMORIES)}; got {memory!r}")
+    if compute not in fp8.CHOICES:
+        raise ValueError(f"compute: want one of {', '.join(fp8.CHOICES)}; got {compute!r}")
+    if compute == "fp8" and memory == "off":
+        raise ValueError("compute='fp8': want frozen blocks, got memory='off', which has none")
     anatomy = families.anatomy(model)
     if method is not None and not isinstance(method, Method):
         raise ValueError(f"method: want one of fastprompt.methods, got {method!r}")
     method = default_for(anatomy) if method is None else method
     method.check(anatomy)
-    _check_devices(anatomy)
+    _check_devices(anatomy, compute)
 
-    done = Patch(model, method, anatomy, backend, memory=memory, logits=logits)
+    done = Patch(model, method, anatomy, backend, memory=memory, compute=compute, logits=logits)
     try:
         apply(done)
     except BaseException:
@@ -231,10 +244,12 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"{kind}: its part {inner!r} is patched already: undo that patch first")
 
 
-def _check_devices(anatomy: Anatomy) -> None:
+def _check_devices(anatomy: Anatomy, compute: str) -> None:
     for tower in anatomy.towers:
         for block in tower.blocks:
             if block.norm.weight.device.type == "meta":
                 raise ValueError(
                     f"{block.name}: want weights on a device, got offloaded ones (not served yet)"
                 )
+            if compute == "fp8":
+                fp8.check_device(block.norm.weight.device)

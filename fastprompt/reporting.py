@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastprompt import families, native
+from fastprompt.blocks.fp8 import why_not
 from fastprompt.methods import Method, default_for
 from fastprompt.ops.prompt_attention import chosen_backend
 from fastprompt.prompts import row_like
@@ -138,6 +139,25 @@ def _blocks(patch: Patch) -> list[str]:
     for why, names in by_reason.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         lines.append(f"  unfused  {names[0]}{more}: {why}")
+    return lines + (_products(patch) if patch.compute == "fp8" else [])
+
+
+def _products(patch: Patch) -> list[str]:
+    """How many of the blocks' products run in fp8, and why others do not."""
+    names = {module: name for name, module in patch.model.named_modules()}
+    by_reason: dict[str | None, list[str]] = {}
+    for block in patch.blocks.values():
+        other = f"the block computes in {block.dtype}, fp8 wants torch.bfloat16"
+        late = other if block.dtype not in (None, torch.bfloat16) else block.why_not()
+        for group in block.parts.groups:
+            found = by_reason.setdefault(late or why_not(group), [])
+            found += [names[part] for part in group]
+    total, done = sum(map(len, by_reason.values())), by_reason.pop(None, [])
+    emulated = " (emulated on the CPU, in float32)" if patch.model.device.type == "cpu" else ""
+    lines = [f"  products  {len(done)} of {total} in fp8{emulated}"]
+    for why, found in by_reason.items():
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        lines.append(f"  not in fp8  {found[0]}{more}: {why}")
     return lines
 
 

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 
 
-def rotate(k: Tensor, rotary: nn.Module) -> Tensor:
+def rotate(k: Tensor, rotary: nn.Module, first: int | None = None) -> Tensor:
     """Rotate prompt keys [Hkv, P, d] (half-split layout, as transformers' text models have it).
+
+    The first stands at position ``first``, by default at -P.
 
     Scores depend on differences of positions alone, so this equals giving the prompts 0 .. P-1 and
     the tokens P and on. The rotary module is not called: dynamic and long-context ones change
@@ -14,7 +16,8 @@ def rotate(k: Tensor, rotary: nn.Module) -> Tensor:
     """
     # as wide as transformers computes them, and in float64 when the model's own buffer is
     wide = torch.promote_types(rotary.inv_freq.dtype, torch.float32)
-    positions = torch.arange(-k.shape[-2], 0, device=k.device, dtype=wide)
+    first = -k.shape[-2] if first is None else first
+    positions = torch.arange(first, first + k.shape[-2], device=k.device, dtype=wide)
     angles = positions[:, None] * rotary.inv_freq.to(device=k.device, dtype=wide)
     cos, sin = (
         torch.cat([f(angles)] * 2, dim=-1) * rotary.attention_scaling

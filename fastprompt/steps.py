@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from fastprompt import attention, hooks, linear4bit, tapping, trainer
+from fastprompt.blocks import fp8
 from fastprompt.blocks.frozen import freeze
 from fastprompt.families import VISION, Tower
 from fastprompt.families.base import join
@@ -60,9 +61,11 @@ def apply(done: Patch) -> None:
             fused = done.loss
             done._undo.append(("loss", fused))
     if done.memory != "off":
-        frozen = freeze(model, prompted, done.memory, fused)
+        frozen = freeze(model, prompted, done.memory, fused, done.compute)
         done.memories, done.unfused = frozen.memories, frozen.unfused
         done._undo += [("block", block) for block in frozen.blocks]
+        if done.compute == "fp8":
+            fp8.check_some([block.parts for block in frozen.blocks], frozen.unfused.values())
     for tower in prompted:
         _add_hooks(done, tower)
     if done.pool is not None:

@@ -3,6 +3,7 @@
 See compile_targets.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Norm(NamedTuple):
     out: torch.dtype | None = None  # of y and dy, where x is a wider residual stream
 
     def launch(self):
-        x, r, dy = _rows(3, self.D, self.dtype, self.gap)
+        x, r, dy = rows(3, self.D, self.dtype, self.gap)
         y, total, dx = torch.empty(3, 2, 5, self.D, dtype=self.dtype)
         y, dy = (t.to(self.out or self.dtype) for t in (y, dy))
         weight = bias = mean = None
@@ -53,7 +54,7 @@ class Activation(NamedTuple):
     gap: int = 0
 
     def launch(self):
-        gate, up, dy = _rows(3, self.F, self.dtype, self.gap)
+        gate, up, dy = rows(3, self.F, self.dtype, self.gap)
         if not self.gated:
             up = None
         activations_triton.forward(gate, up, self.kind, dy)
@@ -87,7 +88,7 @@ class Decode(NamedTuple):
     nested: bool = False
     columns: int = 4096
 
-    def launch(self):
+    def weight(self) -> Packed:
         n = 3 * self.columns
         blocks = -(n // -self.blocksize)
         second = (None, None, None, 1)
@@ -98,8 +99,10 @@ class Decode(NamedTuple):
         *tensors, blocksize2 = second
         packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
         sizes = self.blocksize, blocksize2, 3, self.columns, self.kind
-        weight = Packed(packed, torch.empty(16), absmax, *tensors, *sizes)
-        dequantize_4bit_triton.decode(weight, torch.empty(3, self.columns, dtype=self.dtype))
+        return Packed(packed, torch.empty(16), absmax, *tensors, *sizes)
+
+    def launch(self):
+        dequantize_4bit_triton.decode(self.weight(), torch.empty(3, self.columns, dtype=self.dtype))
 
 
 # every number of warps, each dtype, widths that are powers of two and are not, unaligned rows
@@ -147,19 +150,25 @@ KERNELS = [
 ]
 
 
-def _rows(count: int, width: int, dtype: torch.dtype, gap: int) -> list[torch.Tensor]:
+def rows(count: int, width: int, dtype: torch.dtype, gap: int) -> list[torch.Tensor]:
     return [torch.empty(2, 5, width + gap, dtype=dtype)[..., :width] for _ in range(count)]
 
 
-def compile_case(sm: int, case: NamedTuple) -> list[str]:
-    """One line for each kernel; those over a limit end in what they are over."""
+def recorded(sm: int, kernels: list[tuple[ModuleType, tuple[str, ...]]]) -> list:
+    """What will have been built once the kernels' launchers are run."""
     built = []
     driver.set_active(CompileOnly(sm))
-    for module, names in KERNELS:
+    for module, names in kernels:
         for name in names:
             kernel = getattr(module, name)
             kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
             setattr(module, name, Recorder(kernel, built))
+    return built
+
+
+def compile_case(sm: int, case: NamedTuple) -> list[str]:
+    """One line for each kernel; those over a limit end in what they are over."""
+    built = recorded(sm, KERNELS)
     case.launch()
     lines = described(sm, case, built)
     if isinstance(case, Decode):  # bitsandbytes rounds twice in nested scales

@@ -23,6 +23,9 @@ NEEDS = {
     "test_native.py": "hypothesis",
     "test_prompt_attention_fuzz.py": "hypothesis",
     "test_demo_parts.py": "PIL",
+    "test_eval_benchmarks.py": "PIL",
+    "test_eval_models.py": "PIL",
+    "test_eval_run.py": "matplotlib",
     "test_instruction_demo.py": "matplotlib",
 }
 collect_ignore = [file for file, package in NEEDS.items() if find_spec(package) is None]

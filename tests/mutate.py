@@ -46,6 +46,8 @@ FILES = {  # file -> what selects its tests
     OPS + "activations_triton.py": "triton and not float16 and not dtype1",
     OPS + "rope_triton.py": "triton and not float16 and not dtype1",
     OPS + "dequantize_4bit_triton.py": "triton",
+    OPS + "quantize_rows_triton.py": "triton",
+    OPS + "fp8_linear_triton.py": "triton",
     "csrc/attention_blocks.h": "avx512 or avx2 or neon",
     "csrc/attention_single.h": "(avx512 or avx2 or neon) and (single or sets_of)",
 }
@@ -54,6 +56,8 @@ OWN_TESTS = {  # of those that TESTS are not about
     OPS + "activations_triton.py": "tests/test_activations.py",
     OPS + "rope_triton.py": "tests/test_rope.py",
     OPS + "dequantize_4bit_triton.py": "tests/test_dequantize_4bit.py",
+    OPS + "quantize_rows_triton.py": "tests/test_fp8.py",
+    OPS + "fp8_linear_triton.py": "tests/test_fp8.py",
     "csrc/attention_blocks.h": "tests/test_native_attention.py",
     "csrc/attention_single.h": "tests/test_native_attention.py",
 }

@@ -32,7 +32,21 @@ OPTIONS = {
     "window both ways": dict(window=5),
     "soft-capped": dict(softcap=1.5, causal=True),
     "soft-capped, hardly": dict(softcap=50.0, window=9),
+    "mask": dict(attn_mask="bool"),
+    "mask, soft-capped": dict(attn_mask="bool", softcap=1.5, window=9),
+    "numbers": dict(attn_mask="numbers", causal=True),
 }
+
+
+def mask_of(kind, B, Hq, N, M, dtype):
+    """[B, 1, N, M] or [1, Hq, N, M]; the first query sees nothing."""
+    seen = torch.rand(M, N, B, 1).permute(2, 3, 1, 0) > 0.3
+    seen[:, :, 0] = False
+    if kind == "bool":
+        return seen
+    numbers = torch.randn(1, Hq, N, M, dtype=dtype)
+    numbers[:, :, 1:, ::3] = -torch.inf
+    return numbers.masked_fill(~seen[:1], torch.finfo(dtype).min)
 
 
 @pytest.fixture(params=native.variants())
@@ -52,6 +66,8 @@ def test_as_accurate_as_eager(variant, shape, options, masked, dtype):
     if masked:
         options["key_mask"] = torch.rand(B, M) > 0.3
         options["key_mask"][-1] = False  # one sample sees no token
+    if "attn_mask" in options:
+        options["attn_mask"] = mask_of(options["attn_mask"], B, Hq, N, M, dtype)
     ours = partial(prompt_attention, backend="native", **options)
     eager = partial(reference.prompt_attention, **options)
     assert_as_accurate(ours, eager, make(SHAPES[shape], dtype, "cpu"), torch.randn(B, Hq, N, d))

@@ -17,8 +17,14 @@ def test_the_support_table_names_every_family_and_method():
         assert method in table
 
 
+def test_every_link_leads_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
 def test_the_file_tree_is_the_tree():
-    tree = README.split("## What is where")[1].split("```")[1]
+    tree = (ROOT / "docs" / "structure.md").read_text().split("```")[1]
     inside = {name for line in tree.splitlines() if line.startswith("  ")
               for name in re.findall(r"[\w/]+\.py|\w+/", line[:20])}  # fmt: skip
     there = {p.name for p in (ROOT / "fastprompt").glob("*.py")} - {"__init__.py"}

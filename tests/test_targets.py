@@ -11,7 +11,13 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    "script", ["compile_targets.py", "compile_select_targets.py", "compile_block_targets.py"]
+    "script",
+    [
+        "compile_targets.py",
+        "compile_select_targets.py",
+        "compile_block_targets.py",
+        "compile_fp8_targets.py",
+    ],
 )
 def test_every_kernel_compiles_for_every_card(script):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -11,12 +11,15 @@ attention's q, k, v, out and log-sum-exp, the activation's gate and up.
     dx = dmiddle + norm1'(dn; x)
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastprompt.blocks import fp8
 from fastprompt.blocks.elementwise import (
+    KINDS,
     activate,
     activate_backward,
     add,
@@ -28,6 +31,7 @@ from fastprompt.blocks.parts import Parts, Vector
 from fastprompt.blocks.products import project, project_backward
 from fastprompt.ops.options import Options
 from fastprompt.ops.prompt_attention import attend, attend_backward
+from fastprompt.ops.quantize_rows import E4M3, Quantized
 from fastprompt.ops.rope import backward as rope_backward
 from fastprompt.ops.rope import forward as rope
 
@@ -43,10 +47,18 @@ class Side(NamedTuple):
 
 
 class Math(NamedTuple):
-    """What a block computes in: a dtype, and whether autocast asked for it."""
+    """What a block computes in: a dtype, and whether autocast asked for it.
+
+    ``fp8``: those of its products that can run in fp8.
+    """
 
     dtype: torch.dtype
     autocast: bool
+    fp8: bool = False
+
+    def taken_by(self, parts: Sequence[nn.Module]) -> torch.dtype:
+        """What the products with these weights, which share their input, take."""
+        return E4M3 if self.fp8 and not fp8.why_not(parts) else self.dtype
 
 
 # ---- forward ----
@@ -54,9 +66,9 @@ class Math(NamedTuple):
 
 def projections(parts: Parts, x: Tensor, math: Math) -> list[Tensor]:
     """q, k and v [B, N, H, d] as the products give them."""
-    n = normalize(x, parts.norm1, math.dtype)
+    n = normalize(x, parts.norm1, math.taken_by(parts.qkv))
     heads = (-1, parts.head_dim)
-    return [y.unflatten(-1, heads) for y in project(n, parts.qkv, math.autocast)]
+    return [y.unflatten(-1, heads) for y in _project(n, parts.qkv, math)]
 
 
 def turned(parts: Parts, q: Tensor, k: Tensor, side: Side) -> tuple[Tensor, Tensor]:
@@ -87,28 +99,36 @@ def mlp_inputs(
     parts: Parts, x: Tensor, out: Tensor, math: Math
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(middle [B, N, D], the residual stream between attention and MLP; gate, up [B, N, F])."""
-    (branch,) = project(out.flatten(2), (parts.o_proj,), math.autocast)
-    m, middle = add_and_normalize(x, _scaled(branch, parts.scale1), parts.norm2, math.dtype)
+    (branch,) = _project(out.flatten(2), (parts.o_proj,), math)
+    dtype = math.taken_by(parts.first)
+    m, middle = add_and_normalize(x, _scaled(branch, parts.scale1), parts.norm2, dtype)
     return middle, *_gate_and_up(parts, m, math)
 
 
 def mlp_inputs_again(parts: Parts, middle: Tensor, math: Math) -> tuple[Tensor, Tensor | None]:
     """(gate, up [B, N, F]) of a middle that was kept."""
-    return _gate_and_up(parts, normalize(middle, parts.norm2, math.dtype), math)
+    return _gate_and_up(parts, normalize(middle, parts.norm2, math.taken_by(parts.first)), math)
 
 
 def after_mlp(
     parts: Parts, middle: Tensor, gate: Tensor, up: Tensor | None, math: Math, kept: bool
 ) -> Tensor:
     """The block's output [B, N, D]. ``kept``: gate and up are read later, so not written to."""
-    a = activate(parts.activation, gate, up, into=None if kept else gate)
-    (branch,) = project(a, (parts.down,), math.autocast)
+    dtype = math.taken_by((parts.down,))
+    a = activate(parts.activation, gate, up, dtype, into=None if kept else gate)
+    (branch,) = _project(a, (parts.down,), math)
     return add(middle, _scaled(branch, parts.scale2))
 
 
-def _gate_and_up(parts: Parts, m: Tensor, math: Math) -> tuple[Tensor, Tensor | None]:
-    gate, *up = project(m, parts.first, math.autocast)
+def _gate_and_up(parts: Parts, m: Tensor | Quantized, math: Math) -> tuple[Tensor, Tensor | None]:
+    gate, *up = _project(m, parts.first, math)
     return gate, (up[0] if up else None)
+
+
+def _project(x: Tensor | Quantized, parts: Sequence[nn.Module], math: Math) -> list[Tensor]:
+    if math.taken_by(parts) == E4M3:
+        return fp8.project(x, parts)
+    return project(x, parts, math.autocast)
 
 
 def _scaled(branch: Tensor, scale: Vector | None) -> Tensor:
@@ -128,10 +148,14 @@ def mlp_backward(
     kept: bool,
 ) -> Tensor:
     """dmiddle [B, N, D]. ``kept``: gate and up may be read again (a second backward)."""
-    da = project_backward((_of_branch(dy, parts.scale2, math),), (parts.down,), math.autocast)
-    into = None if kept else (gate, up)
-    grads = activate_backward(parts.activation, da, gate, up, into=into)
-    dm = project_backward(grads, parts.first, math.autocast)
+    da = _project_backward((_of_branch(dy, parts.scale2, math),), (parts.down,), math)
+    if math.taken_by(parts.first) == E4M3:
+        kind = KINDS[parts.activation]
+        dm = fp8.activation_and_project_backward(kind, da, gate, up, parts.first)
+    else:
+        into = None if kept else (gate, up)
+        grads = activate_backward(parts.activation, da, gate, up, into=into)
+        dm = project_backward(grads, parts.first, math.autocast)
     return normalize_backward(dm, middle, parts.norm2, residual=dy, into=dm)
 
 
@@ -150,7 +174,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv [B, N, H, d], dprompt_k, dprompt_v), empty for what is not asked."""
     dbranch = _of_branch(dmiddle, parts.scale1, math)
-    dout = project_backward((dbranch,), (parts.o_proj,), math.autocast)
+    dout = _project_backward((dbranch,), (parts.o_proj,), math)
     dout = dout.unflatten(-1, (-1, parts.head_dim))
     heads_first = (t.transpose(1, 2) for t in (dout, out))
     inputs = (t.transpose(1, 2) for t in (q, k, v))
@@ -182,8 +206,14 @@ def projections_backward(
     if parts.k_norm is not None:
         dk = normalize_backward(dk, k, parts.k_norm, None)
     flat = [g.flatten(2) for g in (dq, dk, dv)]
-    dn = project_backward(flat, parts.qkv, math.autocast)
+    dn = _project_backward(flat, parts.qkv, math)
     return normalize_backward(dn, x, parts.norm1, residual=dmiddle, into=dn)
+
+
+def _project_backward(grads: Sequence[Tensor], parts: Sequence[nn.Module], math: Math) -> Tensor:
+    if math.taken_by(parts) == E4M3:
+        return fp8.project_backward(grads, parts)
+    return project_backward(grads, parts, math.autocast)
 
 
 def _of_branch(dy: Tensor, scale: Vector | None, math: Math) -> Tensor:

@@ -1,6 +1,7 @@
 """What a block does between its products, and the gradients: ops of frozen weights, by its parts.
 
-Each norm is computed in float32 (or float64) and rounded once. Backward gives dx alone, and makes
+Each norm is computed in float32 (or float64) and rounded once; where e4m3 is asked for, to rows of
+it with scales (`Quantized`), which an fp8 product takes. Backward gives dx alone, and makes
 a row's statistics again rather than have them kept. ``into`` names memory that nobody reads any
 more, which a result may then take; nothing else is ever written to.
 """
@@ -14,6 +15,8 @@ from fastprompt.ops.gelu import backward as gelu_backward
 from fastprompt.ops.gelu import forward as gelu
 from fastprompt.ops.layer_norm import backward as layer_norm_backward
 from fastprompt.ops.layer_norm import forward as layer_norm
+from fastprompt.ops.quantize_rows import E4M3, Quantized
+from fastprompt.ops.quantize_rows import activation as quantized_activation
 from fastprompt.ops.rms_norm import backward as rms_norm_backward
 from fastprompt.ops.rms_norm import forward as rms_norm
 from fastprompt.ops.swiglu import ACTIVATIONS as GATED
@@ -21,18 +24,19 @@ from fastprompt.ops.swiglu import backward as swiglu_backward
 from fastprompt.ops.swiglu import forward as swiglu
 
 _GELU = {"gelu": "none", "gelu_tanh": "tanh", "quick_gelu": "quick"}
+KINDS = dict(silu="silu", gelu="gelu", gelu_tanh="gelu_tanh", quick_gelu="gelu_quick")  # kernels'
 
 # ---- norms ----
 
 
-def normalize(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+def normalize(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor | Quantized:
     """[..., D] -> [..., D] in ``dtype``: x̂ · w, or x̂ · (1 + w) (Gemma's), or x̂ · w + b (LAYER)."""
     return _forward(x, norm, dtype, None, None)[0]
 
 
 def add_and_normalize(
     x: Tensor, branch: Tensor, norm: Norm, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | Quantized, Tensor]:
     """(the norm of h in ``dtype``, h = x + branch in the wider of their dtypes), [..., D].
 
     ``branch`` is not wanted any more: h may take its memory.
@@ -52,18 +56,23 @@ def add(x: Tensor, branch: Tensor) -> Tensor:
 
 def _forward(
     x: Tensor, norm: Norm, dtype: torch.dtype, residual: Tensor | None, total: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | Quantized, Tensor]:
     x = _rows(x)
-    wide = torch.promote_types(x.dtype, dtype)
-    if residual is None:
-        x = x.to(wide)
-    out = None if dtype == x.dtype else x.new_empty(x.shape, dtype=dtype)
-    options = dict(residual=residual, total=total, out=out)
+    scale = None
+    if dtype == E4M3:
+        out, scale = Quantized.empty(x, x.shape[-1], dtype)
+    else:
+        if residual is None:
+            x = x.to(torch.promote_types(x.dtype, dtype))
+        out = None if dtype == x.dtype else x.new_empty(x.shape, dtype=dtype)
+    options = dict(residual=residual, total=total, out=out, scale=scale)
     if norm.kind == LAYER:
-        return layer_norm(x, norm.weight, norm.module.bias, norm.eps, **options)[:2]
-    offset = float(norm.kind == RMS_PLUS_ONE)
-    options |= dict(offset=offset, cast_first=False)  # as exact as either of transformers' ways
-    return rms_norm(x, norm.weight, norm.eps, **options)[:2]
+        y, h = layer_norm(x, norm.weight, norm.module.bias, norm.eps, **options)[:2]
+    else:
+        offset = float(norm.kind == RMS_PLUS_ONE)
+        options |= dict(offset=offset, cast_first=False)  # as exact as either of transformers' ways
+        y, h = rms_norm(x, norm.weight, norm.eps, **options)[:2]
+    return (y if scale is None else Quantized(y, scale)), h
 
 
 def normalize_backward(
@@ -95,8 +104,17 @@ def _rows(x: Tensor) -> Tensor:
 # ---- activations ----
 
 
-def activate(name: str, gate: Tensor, up: Tensor | None, *, into: Tensor | None = None) -> Tensor:
-    """[..., F]: act(gate) · up, or act(gate)."""
+def activate(
+    name: str,
+    gate: Tensor,
+    up: Tensor | None,
+    dtype: torch.dtype | None = None,
+    *,
+    into: Tensor | None = None,
+) -> Tensor | Quantized:
+    """[..., F]: act(gate) · up, or act(gate), in the dtype of gate, or in e4m3 if ``dtype`` is."""
+    if dtype == E4M3:
+        return quantized_activation(KINDS[name], gate, up)
     if up is None:
         return _act(name, gate, into)
     if name in GATED:

@@ -50,6 +50,7 @@ class Frozen:
         memory: says what is kept for backward; one for all blocks of a tower.
         reason: why the last training call ran the layer's own forward; None: it ran as one node.
         ran: whether there was such a call.
+        compute: "fp8" asks for products in fp8; ``dtype``: what the last call computed in.
     """
 
     layer: nn.Module
@@ -58,12 +59,16 @@ class Frozen:
     memory: Memory
     inside: list[checks.Inside]
     index: int  # among the tower's
+    compute: str
     names: list[str] = field(default_factory=list)  # of forward's positional arguments, the first
     reason: str | None = None  # one apart
     ran: bool = False
+    dtype: torch.dtype | None = None
 
     @classmethod
-    def put_on(cls, layer: nn.Module, parts: Parts, side: SideKeys, memory: Memory) -> str | None:
+    def put_on(
+        cls, layer: nn.Module, parts: Parts, side: SideKeys, memory: Memory, compute: str
+    ) -> str | None:
         """Take the place of ``layer.forward``. Returns why not, if the block is none of ours."""
         found = checks.inside(layer, ignored=getattr(layer, CHILD, None))
         why = checks.unknown(parts, found)
@@ -71,7 +76,8 @@ class Frozen:
             why = "eager attention, which returns its weights"
         if why is None:
             names = list(inspect.signature(type(layer).forward).parameters)[2:]
-            layer.forward = cls(layer, parts, side, memory, found, len(memory.blocks), names)
+            index = len(memory.blocks)
+            layer.forward = cls(layer, parts, side, memory, found, index, compute, names)
             memory.blocks.append(parts)
         return why
 
@@ -125,6 +131,8 @@ class Frozen:
     def _run(self, x: Tensor, given: dict[str, Any]) -> Tensor:
         parts, side, attention = self.parts, self.side, self.parts.attention
         dtype = parts.dtype(x)
+        if not torch.compiler.is_compiling():
+            self.dtype = dtype
         policy, context = self._policy(x, dtype)
         is_causal = given.get("is_causal") if parts.hands_on else None
         masks = as_options(
@@ -146,6 +154,7 @@ class Frozen:
             out = frozen_block(
                 parts, x, prompt_k, prompt_v, options, cos=cos, sin=sin, policy=policy,
                 dtype=dtype, caches=cache is not None, host=self.memory.host, index=self.index,
+                fp8=self.compute == "fp8",
             )  # fmt: skip
         if cache is None:
             return out
@@ -188,10 +197,15 @@ class FrozenTowers(NamedTuple):
 
 
 def freeze(
-    model: nn.Module, towers: list[Tower], memory: str, loss: FusedLoss | None = None
+    model: nn.Module,
+    towers: list[Tower],
+    memory: str,
+    loss: FusedLoss | None = None,
+    compute: str = "auto",
 ) -> FrozenTowers:
     """Let each block of the towers, whose attention modules have their `SideKeys`, run as one
-    node, where it can. ``memory``: of `memory.CHOICES`; ``loss``: the model's, if it is fused."""
+    node, where it can. ``memory``: of `memory.CHOICES`; ``loss``: the model's, if it is fused;
+    ``compute``: of `fp8.CHOICES`."""
     done = FrozenTowers([], {}, {})
     for i, tower in enumerate(towers):
         # towers run one after another: each leaves as much to those after it as it takes
@@ -203,7 +217,7 @@ def freeze(
             why = block.undescribed
             if block.parts is not None:
                 side = vars(block.attention)[ATTRIBUTE]
-                why = Frozen.put_on(block.layer, block.parts, side, own)
+                why = Frozen.put_on(block.layer, block.parts, side, own, compute)
             if why:
                 done.unfused[block.name] = why
             else:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastprompt.blocks import compute
 from fastprompt.blocks.compute import Math, Side
+from fastprompt.blocks.fp8 import check_device
 from fastprompt.blocks.offload import Host
 from fastprompt.blocks.parts import Parts
 from fastprompt.ops.layout import distinct
@@ -127,6 +128,7 @@ def frozen_block(
     caches: bool = False,
     host: Host | None = None,
     index: int = 0,
+    fp8: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """A pre-norm transformer block with frozen weights; gradients go to x and the prompt alone.
 
@@ -143,14 +145,21 @@ def frozen_block(
             them. Gradients go through them too.
         host, index: under "offload", where all blocks of one tower send their inputs, and this
             block's place among them: the next one's is fetched ahead in backward.
+        fp8: where the block computes in bfloat16, run those of its products in fp8 that can
+            (`blocks.fp8.why_not`).
 
     Returns:
         [B, N, D] in the dtype of x, or the wider one of it and ``dtype``.
 
     Raises:
-        ValueError: what `ops.prompt_attention` and `ops.nf4_linear` refuse.
+        ValueError: what `ops.prompt_attention` and `ops.nf4_linear` refuse, or ``fp8`` on a card
+            that has none.
     """
-    math = Math(dtype or parts.dtype(x), torch.is_autocast_enabled(x.device.type))
+    dtype = dtype or parts.dtype(x)
+    fp8 = fp8 and dtype == torch.bfloat16
+    if fp8 and not torch.compiler.is_compiling():
+        check_device(x.device)
+    math = Math(dtype, torch.is_autocast_enabled(x.device.type), fp8)
     tensors = (options.key_mask, options.attn_mask, options.prompt_index)
     options = options._replace(key_mask=None, attn_mask=None, prompt_index=None)
     plan = Plan(parts, policy, math, options, caches, host or Host(), index)

@@ -99,8 +99,13 @@ class Parts:
         return (self.gate,) if self.up is None else (self.gate, self.up)
 
     @property
+    def groups(self) -> tuple[tuple[nn.Module, ...], ...]:
+        """The products, those that share their input together."""
+        return self.qkv, (self.o_proj,), self.first, (self.down,)
+
+    @property
     def products(self) -> tuple[nn.Module, ...]:
-        return (*self.qkv, self.o_proj, *self.first, self.down)
+        return tuple(part for group in self.groups for part in group)
 
     def dtype(self, x: Tensor) -> torch.dtype:
         """What the block computes in: autocast's dtype, or what its first norm returns."""

@@ -32,7 +32,7 @@ def project(x: Tensor, parts: Sequence[nn.Module], autocast: bool) -> list[Tenso
         return [_product(x, part, autocast) for part in parts]
     weights, dtype = together
     with decoded(*weights, dtype=dtype) as dense:
-        y = F.linear(x.to(dtype), dense, _biases(parts, dense)).to(x.dtype)
+        y = F.linear(x.to(dtype), dense, biases(parts, dense)).to(x.dtype)
     return list(y.split([w.rows for w in weights], dim=-1))
 
 
@@ -63,6 +63,10 @@ def side_by_side(x: Tensor) -> bool:
 def joined(grads: Sequence[Tensor]) -> Tensor:
     """[..., sum of widths]: the tensors side by side; no copy where they lie so already."""
     first, *rest = grads
+    if not rest:
+        return first
+    if torch.compiler.is_compiling():  # which plans its memory itself
+        return torch.cat(grads, dim=-1)
     end = first.storage_offset() + first.shape[-1]
     for g in rest:
         if (
@@ -94,7 +98,7 @@ def _together(
     return weights, dtypes.pop()
 
 
-def _biases(parts: Sequence[nn.Module], like: Tensor) -> Tensor | None:
+def biases(parts: Sequence[nn.Module], like: Tensor) -> Tensor | None:
     """[sum of out], with zeros where a part has none; None if none has."""
     if all(part.bias is None for part in parts):
         return None

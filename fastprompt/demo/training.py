@@ -23,7 +23,7 @@ class Recipe:
     images: int = 24  # a step
     questions: int = 3  # about each: seeing wants many images more than many questions
     size: int = 56  # pixels a side, in patches of 14
-    prompt_lr: float = 1.5e-3
+    prompt_lr: float = 5e-4  # at 1.5e-3 a run of 170 steps ends anywhere between 0.71 and 0.87
     projector_lr: float = 3e-3
     warmup: int = 15
     clip: float = 1.0  # norm of the gradient

@@ -7,6 +7,7 @@ from fastprompt.ops.layer_norm import layer_norm
 from fastprompt.ops.linear_cross_entropy import linear_cross_entropy
 from fastprompt.ops.nf4_linear import nf4_linear
 from fastprompt.ops.prompt_attention import prompt_attention
+from fastprompt.ops.quantize_rows import quantize_rows
 from fastprompt.ops.rms_norm import rms_norm
 from fastprompt.ops.rope import rope
 from fastprompt.ops.select_prompts import select_prompts, sum_of
@@ -20,6 +21,7 @@ __all__ = [
     "linear_cross_entropy",
     "nf4_linear",
     "prompt_attention",
+    "quantize_rows",
     "rms_norm",
     "rope",
     "select_prompts",

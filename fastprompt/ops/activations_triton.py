@@ -16,7 +16,7 @@ _BLOCK = 2048  # elements a program: 16 a thread
 
 
 @triton.jit
-def _activation(x, KIND: tl.constexpr):
+def activation(x, KIND: tl.constexpr):
     """The activation of float32 ``x``, and its slope.
 
     x·S(x) each, with S a sigmoid or the normal distribution's; (1 + tanh u) / 2 is sigmoid(2u).
@@ -62,7 +62,7 @@ def forward_kernel(
 ):  # fmt: skip
     row, column, live = _places(columns, n1, n2, BLOCK)
     at = row_starts(row, n1, n2, stride_g0, stride_g1, stride_g2) + column
-    y = _activation(tl.load(gate_ptr + at, mask=live, other=0.0).to(tl.float32), KIND)[0]
+    y = activation(tl.load(gate_ptr + at, mask=live, other=0.0).to(tl.float32), KIND)[0]
     if up_ptr is not None:
         at = row_starts(row, n1, n2, stride_u0, stride_u1, stride_u2) + column
         y *= tl.load(up_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -85,7 +85,7 @@ def backward_kernel(
     dy = tl.load(dy_ptr + at, mask=live, other=0.0).to(tl.float32)
     at = row_starts(row, n1, n2, stride_g0, stride_g1, stride_g2) + column
     gate = tl.load(gate_ptr + at, mask=live, other=0.0).to(tl.float32)
-    active, slope = _activation(gate, KIND)
+    active, slope = activation(gate, KIND)
     dgate = dy * slope
     if up_ptr is not None:
         at = row_starts(row, n1, n2, stride_u0, stride_u1, stride_u2) + column

@@ -35,7 +35,7 @@ def _pick(n, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v1
 
 
 @triton.jit
-def _value(n, KIND: tl.constexpr):
+def value(n, KIND: tl.constexpr):
     """What nibble n stands for, float32: bitsandbytes' own sixteen numbers."""
     if KIND == "nf4":
         return _pick(
@@ -53,6 +53,17 @@ def _value(n, KIND: tl.constexpr):
 
 
 @triton.jit
+def block_scale(block, there, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, blocksize2):
+    """What block number ``block``'s values are multiplied by, float32."""
+    scale = tl.load(absmax_ptr + block, mask=there, other=0)
+    if code2_ptr is not None:
+        scale = tl.load(code2_ptr + scale.to(tl.int32), mask=there, other=0.0)
+        scale *= tl.load(absmax2_ptr + block // blocksize2, mask=there, other=0.0)
+        scale += tl.load(offset_ptr)
+    return scale
+
+
+@triton.jit
 def decode_kernel(
     packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr,
     out_ptr,
@@ -62,15 +73,11 @@ def decode_kernel(
     """BLOCKS blocks of BYTES bytes, two values each; there are ``size`` bytes in all."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     there = block * (2 * BYTES) < values
-    scale = tl.load(absmax_ptr + block, mask=there, other=0)
-    if code2_ptr is not None:
-        scale = tl.load(code2_ptr + scale.to(tl.int32), mask=there, other=0.0)
-        scale *= tl.load(absmax2_ptr + block // blocksize2, mask=there, other=0.0)
-        scale += tl.load(offset_ptr)
+    scale = block_scale(block, there, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, blocksize2)
     byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
     pair = tl.load(packed_ptr + byte, mask=byte < size, other=0).to(tl.int32)
-    high = _value(pair >> 4, KIND) * scale[:, None]
-    low = _value(pair & 15, KIND) * scale[:, None]
+    high = value(pair >> 4, KIND) * scale[:, None]
+    low = value(pair & 15, KIND) * scale[:, None]
     dtype = out_ptr.dtype.element_ty
     both = tl.interleave(high.to(dtype), low.to(dtype))
     at = block[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]

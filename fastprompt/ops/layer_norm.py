@@ -25,6 +25,7 @@ from fastprompt.ops.checks import (
     check_shape,
 )
 from fastprompt.ops.layout import distinct, placed
+from fastprompt.ops.quantize_rows import E4M3, by_torch
 
 # ---- without autograd: what a hand-written backward calls ----
 
@@ -38,16 +39,18 @@ def forward(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     total: Tensor | None = None,
+    scale: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, h, mean, rstd); h is ``x`` itself without a residual, mean and rstd [..., 1] float32.
 
     ``out`` takes y, in whatever dtype it has, and ``total`` takes h: contiguous, and each may be x
-    or residual (if that is not wanted later, and not both the same). Else as `layer_norm`, whose
-    checks it leaves out.
+    or residual (if that is not wanted later, and not both the same). With ``scale`` [..., 1]
+    float32, which is written too, ``out`` is e4m3: `quantize_rows` of y, which is then not rounded
+    before. Else as `layer_norm`, whose checks it leaves out.
     """
     if out is not None:
-        check_out("out", out, x, FLOATS)
+        check_out("out", out, x, FLOATS if scale is None else (E4M3,))
     h = x
     if residual is not None:
         h = x.new_empty(x.shape) if total is None else total
@@ -58,12 +61,15 @@ def forward(
         y = x.new_empty(x.shape) if out is None else out
         mean, rstd = (x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2))
         total = None if residual is None else h
-        triton.forward(x, residual, weight, bias, eps, 0.0, False, y, total, mean, rstd)
+        triton.forward(x, residual, weight, bias, eps, 0.0, False, y, total, mean, rstd, scale)
         return y, h, mean, rstd
     if residual is not None:
         torch.add(x, residual, out=h)
-    rows, weight, bias = _for_torch(h, weight, bias)
+    rows, weight, bias = _for_torch(h if scale is None else h.float(), weight, bias)
     y, mean, rstd = torch.native_layer_norm(rows, h.shape[-1:], weight, bias, eps)
+    if scale is not None:
+        y, found = by_torch(y)
+        scale.copy_(found)
     return placed(y, out, h.dtype), h, mean, rstd
 
 

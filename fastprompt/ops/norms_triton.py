@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastprompt.ops.layout import Rows, rows_of
+from fastprompt.ops.quantize_rows import E4M3
 
 _ELEMENTS = 2048  # that a program of short rows holds
 _SIZES = ["rows", "n1", "n2"]  # nothing is gained from knowing what divides these
@@ -25,6 +26,13 @@ def row_starts(row, n1, n2, stride_0, stride_1, stride_2):
 
 
 @triton.jit
+def fp8_scale(largest, MOST: tl.constexpr):
+    """(scale, 1 / scale) of rows whose largest number is to be fp8's, as `quantize_rows` has it."""
+    scale = tl.math.div_rn(tl.maximum(largest, 1e-30), MOST)
+    return scale, tl.math.div_rn(1.0, scale)
+
+
+@triton.jit
 def _places(rows, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """This program's rows [BLOCK_R], channels [1, BLOCK_D], and which of the tile exist."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -35,10 +43,10 @@ def _places(rows, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr)
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,
-    y_ptr, total_ptr, mean_ptr, rstd_ptr,
+    y_ptr, total_ptr, mean_ptr, rstd_ptr, scale_ptr,
     rows, n1, n2, eps, offset,
     stride_x0, stride_x1, stride_x2, stride_r0, stride_r1, stride_r2,
-    D: tl.constexpr, CENTER: tl.constexpr, CAST_FIRST: tl.constexpr,
+    D: tl.constexpr, CENTER: tl.constexpr, CAST_FIRST: tl.constexpr, MOST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row, d, live = _places(rows, D, BLOCK_R, BLOCK_D)
@@ -65,6 +73,10 @@ def forward_kernel(
         y *= offset + tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    if scale_ptr is not None:  # y in fp8: what lies beyond a row is 0
+        scale, inverse = fp8_scale(tl.max(tl.abs(y), 1), MOST)
+        tl.store(scale_ptr + row, scale, mask=row < rows)
+        y *= inverse[:, None]
     tl.store(y_ptr + into, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
@@ -125,17 +137,20 @@ def forward(
     total: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
+    scale: Tensor | None = None,
 ) -> None:
-    """Writes y, total = x + residual (if given), mean (if given: a layer norm) and rstd."""
+    """Writes y, total = x + residual (if given), mean (if given: a layer norm) and rstd; with a
+    ``scale`` y is in e4m3, and that is written too."""
     rows = rows_of(x) if residual is None else rows_of(x, residual)
     grid, blocks = _tile(x.shape[-1], rows)
     with torch.cuda.device_of(x):
         forward_kernel[grid](
             x, residual, weight, bias,
-            y, total, mean, rstd,
+            y, total, mean, rstd, scale,
             rows.count, *rows.sizes[1:], eps, offset,
             *rows.strides[0], *rows.strides[-1],
-            CENTER=mean is not None, CAST_FIRST=cast_first, **blocks,
+            CENTER=mean is not None, CAST_FIRST=cast_first,
+            MOST=torch.finfo(E4M3).max, **blocks,
         )  # fmt: skip
 
 

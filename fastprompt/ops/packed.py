@@ -112,12 +112,17 @@ def in_triton(w: Packed) -> bool:
     return not w.blocksize & (w.blocksize - 1) and 32 <= w.blocksize <= 4096
 
 
+def block_scales(w: Packed) -> Tensor:
+    """[blocks] float32: what each block's values are multiplied by."""
+    if w.code2 is None:
+        return w.absmax
+    scale2 = w.absmax2.repeat_interleave(w.blocksize2)[: w.absmax.numel()]
+    return w.code2[w.absmax.int()] * scale2 + w.offset
+
+
 def decode_by_torch(w: Packed, dtype: torch.dtype) -> Tensor:
     n = w.rows * w.columns
-    absmax = w.absmax
-    if w.code2 is not None:
-        scale2 = w.absmax2.repeat_interleave(w.blocksize2)[: absmax.numel()]
-        absmax = w.code2[absmax.int()] * scale2 + w.offset
+    absmax = block_scales(w)
     pairs = torch.stack([w.code.repeat_interleave(16), w.code.repeat(16)], 1)  # of every byte
     values = pairs.index_select(0, w.packed[: (n + 1) // 2].int()).flatten()[:n]
     full = n // w.blocksize

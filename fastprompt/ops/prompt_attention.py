@@ -191,9 +191,10 @@ def prompt_attention(
         prompt_index: [B] (packed: [sequences]) int32 or int64, the set of each sample.
         prompt_len: [S] int32 or int64: the first so many rows of a set exist.
         backend: "triton" (CUDA; on the CPU it wants its interpreter); "native", csrc's kernel on
-            the CPU, for float32 and bfloat16 without attn_mask, prompt_bias or packing,
-            where B·Hkv is not below the threads and (P + M)·d not above 2²² (of one query a head
-            always, but for its backward), while every other call is sent on to "vendor";
+            the CPU, for float32 and bfloat16 without prompt_bias or packing, where B·Hkv is not
+            below the threads and (P + M)·d not above 2²² (of one query a head always, but for its
+            backward); a mask may be bool, or float32 or bfloat16 without a softcap and for more
+            than one query; every other call is sent on to "vendor";
             "vendor", torch's own attention on the tokens and the prompts merged in (on CUDA,
             packing and sets make it wait for the device); "xformers", the same with that package;
             "reference", plain PyTorch. "auto" is Triton on CUDA from sm_80 on (an attn_mask is

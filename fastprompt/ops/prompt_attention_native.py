@@ -18,13 +18,20 @@ def serves(q: Tensor, k: Tensor, prompt_k: Tensor, o: Options, backward: bool = 
     """
     if q.dtype not in DTYPES or not native.available():
         return False
-    if (o.attn_mask, o.prompt_bias, o.cu_seqlens_q) != (None,) * 3:
+    if (o.prompt_bias, o.cu_seqlens_q) != (None, None) or not _reads(o.attn_mask, o.softcap):
         return False
     if q.shape[2] == 1 and not backward:
-        return True  # its keys are read where they lie
+        return o.attn_mask is None  # its keys are read where they lie
     keys = k.shape[2] + prompt_k.shape[-2]
     # a pair of a sample and a key head is one thread's work, and copied by it
     return keys * q.shape[3] <= _LONGEST and k.shape[0] * k.shape[1] >= torch.get_num_threads()
+
+
+def _reads(mask: Tensor | None, softcap: float | None) -> bool:
+    if mask is None or mask.dtype == torch.bool:
+        return True
+    # a slope of the cap is told from a score, which a number added to it would hide
+    return mask.dtype in native.MASKS and not softcap
 
 
 def forward(
@@ -60,4 +67,5 @@ def _options(o: Options) -> dict:
     for name, t in given.items():
         if t is not None:
             given[name] = t.contiguous() if t.dtype == torch.bool else t.long().contiguous()
+    given["attn_mask"] = o.attn_mask
     return dict(causal=o.causal, scale=o.scale, window=o.window, softcap=o.softcap, **given)

@@ -27,6 +27,7 @@ from fastprompt.ops.checks import (
     check_shape,
 )
 from fastprompt.ops.layout import distinct, pieces
+from fastprompt.ops.quantize_rows import E4M3, by_torch
 
 # ---- without autograd: what a hand-written backward calls ----
 
@@ -41,16 +42,18 @@ def forward(
     cast_first: bool | None = None,
     out: Tensor | None = None,
     total: Tensor | None = None,
+    scale: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, rstd); h is ``x`` itself without a residual, rstd [..., 1] in float32 (or float64).
 
     ``out`` takes y, in whatever dtype it has, and ``total`` takes h: contiguous, and each may be x
-    or residual (if that is not wanted later, and not both the same). Else as `rms_norm`, whose
-    checks it leaves out.
+    or residual (if that is not wanted later, and not both the same). With ``scale`` [..., 1]
+    float32, which is written too, ``out`` is e4m3: `quantize_rows` of y, which is then not rounded
+    before. Else as `rms_norm`, whose checks it leaves out.
     """
     y = x.new_empty(x.shape) if out is None else out
-    check_out("out", y, x, FLOATS)
+    check_out("out", y, x, FLOATS if scale is None else (E4M3,))
     h = x
     if residual is not None:
         h = x.new_empty(x.shape) if total is None else total
@@ -62,15 +65,19 @@ def forward(
         from fastprompt.ops import norms_triton as triton
 
         total = None if residual is None else h
-        triton.forward(x, residual, weight, None, eps, offset, first, y, total, None, rstd)
+        triton.forward(x, residual, weight, None, eps, offset, first, y, total, None, rstd, scale)
         return y, h, rstd
     factor = _factor(weight, offset, x.dtype if first else wide)
-    for x_, r_, h_, y_, rstd_ in pieces(x, residual, h, y, rstd):
+    for x_, r_, h_, y_, rstd_, scale_ in pieces(x, residual, h, y, rstd, scale):
         if r_ is not None:
             torch.add(x_, r_, out=h_)
         z = h_.to(wide)
         z = z * rstd_.copy_(_rstd(z, eps))
-        y_.copy_((z.to(h_.dtype) if first else z) * factor)
+        z = (z.to(h_.dtype) if first else z) * factor
+        if scale_ is not None:
+            z, found = by_torch(z)
+            scale_.copy_(found)
+        y_.copy_(z)
     return y, h, rstd
 
 
