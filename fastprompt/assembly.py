@@ -8,7 +8,6 @@ code without fastprompt refuses it by name and never fills half a projector with
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
@@ -126,9 +125,8 @@ def assemble(
             part.reset_parameters()
     model.generation_config = tongue.generation_config
     if quantized is not None:
-        # at the whole model's config a reload finds it
-        config.quantization_config = copy.copy(quantized)
-        config.quantization_config.llm_int8_skip_modules = _DENSE
+        quantized.llm_int8_skip_modules = _DENSE
+        config.quantization_config = quantized  # where a reload looks for it
         for name in _QUANTIZED:
             if name in vars(tongue):
                 setattr(model, name, vars(tongue)[name])

@@ -58,6 +58,7 @@ def test_from_folders_to_logits_and_back_from_a_folder(folders, kind, tmp_path):
     model = fastprompt.assemble(root / "clip", root / "llama", kind)
     assert type(model) is KINDS[kind] and not model.training
     processor = fastprompt.assemble_processor(model, root / "clip", root / "llama")
+    assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
     texts = ["what <image> is it", "<image> it"]
     given = batch(processor, texts)
     assert (given["input_ids"] == model.config.image_token_index).sum(1).tolist() == [4, 4]
