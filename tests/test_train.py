@@ -174,7 +174,7 @@ def test_the_best_by_a_held_out_metric_is_kept(shared, tmp_path):
     for metric in ("loss", "accuracy"):
         config = config_of(
             shared, tmp_path / metric, eval_data=[str(shared / "held.jsonl")], eval_every=2,
-            epochs=4, learning_rate=5e-2, best_metric=metric, keep=1, save_every=5,
+            epochs=4, learning_rate=1e-1, best_metric=metric, keep=1, save_every=5,
         )  # fmt: skip
         result = train(config)
         values = {step: e[metric] for step, e in result.evaluations.items()}
