@@ -32,7 +32,6 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     FILE_FLAGS |= {
         "decode_avx2.cpp": "-mavx2 -mf16c",
         "decode_avx512.cpp": f"-mavx512f -mavx512bw {QUIET}",
-        "product_amx.cpp": f"-mavx512f -mavx512bw -mamx-tile -mamx-bf16 {QUIET}",
     }
     for name in FLOAT_FILES:
         FILE_FLAGS[f"{name}_avx2.cpp"] = f"-mavx2 -mfma {FUSED}"
@@ -59,6 +58,13 @@ def find_compiler() -> tuple[list[str] | None, str]:
     if done.returncode:
         return None, f"{shlex.join(command)} does not work here:\n{done.stderr.strip()}"
     return command, ""
+
+
+def amx_flags(compiler: list[str]) -> str:
+    """Those of product_amx.cpp; none, and it is empty, for a compiler older than AMX."""
+    flags = f"-mavx512f -mavx512bw -mamx-tile -mamx-bf16 {QUIET}"
+    check = [*compiler, *flags.split(), "-E", "-x", "c++", os.devnull]
+    return flags if subprocess.run(check, capture_output=True).returncode == 0 else ""
 
 
 def find_ninja() -> str:
@@ -112,12 +118,12 @@ def ninja_file(compiler: list[str], objects: Path, target: Path) -> str:
         ]
         libraries = Path(nvcc).resolve().parent.parent / "lib64"
         link += [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt"]
-    outputs = []
+    outputs, file_flags = [], FILE_FLAGS | {"product_amx.cpp": amx_flags(compiler)}
     for source in sources:
         rule = "cuda" if source.suffix == ".cu" else "cxx"
         outputs.append(escape(objects / (source.name + ".o")))
         lines.append(f"build {outputs[-1]}: {rule} {escape(source)}")
-        lines.append(f"  flags = {FILE_FLAGS.get(source.name, '')}")
+        lines.append(f"  flags = {file_flags.get(source.name, '')}")
     # "$in" must reach ninja unquoted
     command = " ".join(part if part.startswith("$") else shlex.quote(part) for part in link)
     lines += ["rule link", f"  command = {command}", "  description = link $out"]

@@ -13,10 +13,6 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #include "attention.h"
 #include "decode.h"
@@ -66,35 +62,17 @@ const std::vector<Variant>& variants() {
   return found;
 }
 
-struct Multiplier {
-  const char* name;
-  ArrangeTile arrange;
-  MultiplyPart multiply;
-};
-
 #define FASTPROMPT_MULTIPLIER(isa) \
-  { #isa, arrange_##isa, multiply_##isa }
+  { #isa, arrange_##isa, multiply_##isa, false }
 
-#if defined(__linux__) && defined(__x86_64__)
-bool has_amx() {
-  unsigned a, b, c, d;
-  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & bf16) || !(d & tile)) return false;
-  // Linux gives the tiles' registers to a process that asks for them
-  constexpr long kRequest = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
-#endif
-
-// Of 4-bit products: those of the variants, and AMX before them.
+// Of 4-bit products: AMX, and then those of the variants.
 std::vector<Multiplier> find_multipliers() {
   std::vector<Multiplier> found;
 #if defined(__x86_64__)
   for (const auto& v : variants()) {
     if (v.decode == decode_avx512) {
-#if defined(__linux__)
-      if (has_amx()) found.push_back(FASTPROMPT_MULTIPLIER(amx));
-#endif
+      const Multiplier amx = find_amx();
+      if (amx.name) found.push_back(amx);
       found.push_back(FASTPROMPT_MULTIPLIER(avx512));
     }
     if (v.decode == decode_avx2) found.push_back(FASTPROMPT_MULTIPLIER(avx2));
@@ -191,7 +169,7 @@ void product(uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t code2
   p.rows = rows, p.columns = columns, p.tokens = tokens, p.in_row = in_row;
   p.dtype = static_cast<Dtype>(dtype), p.backward = backward;
 
-  const bool tiles = task.multiplier.multiply == multiply_amx;
+  const bool tiles = task.multiplier.amx;
   const int64_t tile = tiles ? Product::kSide : Product::kTile;
   const std::unique_ptr<float[], void (*)(void*)> factors(lines(p.room(tiles)), free);
   const std::unique_ptr<float[], void (*)(void*)> sums(lines(tiles ? p.sums_room() : 0), free);

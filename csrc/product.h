@@ -62,8 +62,17 @@ using MultiplyPart = void (*)(const Product&, int64_t first, int64_t last);
 FASTPROMPT_VARIANT(portable)
 FASTPROMPT_VARIANT(avx2)
 FASTPROMPT_VARIANT(avx512)
-FASTPROMPT_VARIANT(amx)
 FASTPROMPT_VARIANT(neon)
 #undef FASTPROMPT_VARIANT
+
+struct Multiplier {
+  const char* name;  // null: there is none
+  ArrangeTile arrange;
+  MultiplyPart multiply;
+  bool amx;
+};
+
+// AMX, where compiler, system and machine have it. To be asked on machines with AVX-512 alone.
+Multiplier find_amx();
 
 }  // namespace fastprompt

@@ -4,11 +4,16 @@
 // The left tile has 16 rows of 32 values; the right one pairs of its 32 rows, 16 columns wide:
 //   forward    rows of W, as decoded, times pairs of x, turned once     sums [rows, tokens]
 //   backward   tokens of dy, as they are, times pairs of decoded rows   sums [tokens, columns]
-#if defined(__x86_64__)
+#include "product.h"
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstring>
 
 #include "lookup_avx512.h"
-#include "product.h"
 #include "scales.h"
 
 namespace fastprompt {
@@ -201,10 +206,9 @@ void multiply_columns(const Product& p, int64_t first, int64_t last) {
     }
 }
 
-}  // namespace
-}  // namespace fastprompt
+// ---- both ----
 
-void fastprompt::arrange_amx(const Product& p, int64_t tile) {
+void arrange(const Product& p, int64_t tile) {
   const auto in = static_cast<const uint16_t*>(p.in);
   const int64_t width = p.backward ? p.rows : p.columns, steps = p.depth();
   const auto to = reinterpret_cast<uint16_t*>(p.factors) + tile * steps * kTileSize;
@@ -225,8 +229,27 @@ void fastprompt::arrange_amx(const Product& p, int64_t tile) {
   }
 }
 
-void fastprompt::multiply_amx(const Product& p, int64_t first, int64_t last) {
+void multiply(const Product& p, int64_t first, int64_t last) {
   const Tiles tiles;
   p.backward ? multiply_columns(p, first, last) : multiply_rows(p, first, last);
 }
+
+bool has_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & bf16) || !(d & tile)) return false;
+  // Linux gives the tiles' registers to a process that asks for them
+  constexpr long kRequest = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+
+}  // namespace
+
+Multiplier find_amx() {
+  return has_amx() ? Multiplier{"amx", arrange, multiply, true} : Multiplier{};
+}
+
+}  // namespace fastprompt
+#else
+fastprompt::Multiplier fastprompt::find_amx() { return {}; }
 #endif

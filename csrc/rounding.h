@@ -1,4 +1,5 @@
-// From float32 to another dtype, to nearest even, and back. In an unnamed namespace: see decode_blocks.h.
+// From float32 to another dtype, to nearest even, and back. In an unnamed namespace: see
+// decode_blocks.h.
 #pragma once
 
 #include <cstdint>
