@@ -191,7 +191,9 @@ def attention_forward(
     else:
         *prompts, index = side.for_batch(dtype, choice)
     inputs = (query, key, value, *prompts)
-    options = dict(masks, scale=scaling, softcap=kwargs.get("softcap"))  # Gemma 2's
+    options = dict(masks, scale=scaling)
+    if side.previous != "sdpa":  # which in transformers 5.17 left Gemma 2's out
+        options["softcap"] = kwargs.get("softcap")
     if bias is not None:
         options["prompt_bias"] = of_prompts[..., rows - prompts[0].shape[-2] :]
     if index is not None:
@@ -275,7 +277,7 @@ def _with_dropout(query, key, value, prompt_k, prompt_v, dropout, options) -> Te
     scale, index = options.pop("scale"), options.pop("prompt_index", None)
     if index is not None:
         prompt_k, prompt_v = prompt_k[index], prompt_v[index]
-    if options.pop("softcap") is not None:
+    if options.pop("softcap", None) is not None:
         raise ValueError("attention dropout: want none beside soft-capping (SDPA has no such pair)")
     bias = options.pop("prompt_bias", None)
     mask = reference.additive_mask(query.shape[2], key.shape[2], query, **options)

@@ -343,3 +343,15 @@ def test_looking_at_rows_with_sinks():
         weights = model(**given, output_attentions=True).attentions
     for got, want in zip(attention_to_prompts(model, **given).values(), weights, strict=True):
         torch.testing.assert_close(got, want[..., :P].sum(-1))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["t5", "gpt_oss", "qwen2_5_vl", "swin"])
+def test_half_precision(name, autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model, given = zoo.build(name, dtype), zoo.inputs(name, dtype)
+    patch = fastprompt.patch(model, method_for(name))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = tiny.output(name, model.train(), given)
+    out.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in patch.trainable.values())
