@@ -355,3 +355,20 @@ def test_half_precision(name, autocast):
         out = tiny.output(name, model.train(), given)
     out.float().square().mean().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in patch.trainable.values())
+
+
+def test_t5s_bias_moves_on_with_its_cache():
+    model, given = zoo.build("t5"), zoo.inputs("t5")
+    patch = fastprompt.patch(model, method_for("t5"))
+    said = given.pop("decoder_input_ids")
+    with torch.no_grad():
+        for prompt in patch.prompts.values():
+            prompt.tokens.normal_()
+        whole = model(**given, decoder_input_ids=said).logits[:, -1]
+        first = model(**given, decoder_input_ids=said[:, :-1], use_cache=True)
+        last = model(
+            encoder_outputs=(first.encoder_last_hidden_state,),
+            decoder_input_ids=said[:, -1:],
+            past_key_values=first.past_key_values,
+        )
+    assert relative(last.logits[:, -1], whole) < 1e-10
