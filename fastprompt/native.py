@@ -157,8 +157,8 @@ def decode_4bit(
 
 def multiplies_4bit(rows: int, columns: int, blocksize: int) -> bool:
     """Whether `product_4bit` serves a weight of these sizes."""
-    whole = blocksize >= 32 and not blocksize & (blocksize - 1)
-    return whole and rows > 0 and columns > 0 and columns % blocksize == 0
+    power = blocksize >= 32 and not blocksize & (blocksize - 1)
+    return power and rows > 0 and columns > 0 and columns % blocksize == 0
 
 
 def product_4bit(
@@ -186,27 +186,23 @@ def product_4bit(
             at least 32.
         packed, code, absmax, blocksize, nested: as in `decode_4bit`.
         bias: [rows] contiguous, in the dtype of x; not backward.
-        multiplier: one of `multipliers()`; by default the first that takes the dtype.
+        multiplier: of `multipliers()`; by default the first that takes the dtype.
 
     Returns:
         [tokens, rows], backward [tokens, columns], in the dtype of x: sums in float32, rounded
-        once, of weights that were not rounded (by "amx": to bfloat16).
-
-    Raises:
-        ValueError, RuntimeError: as `decode_4bit`.
+        once, of weights that were not rounded (by "amx": to bfloat16). Raises as `decode_4bit`.
     """
     module, index = _module(multiplier, multipliers)
     if not multiplies_4bit(rows, columns, blocksize):
-        raise ValueError(
-            "weight: want rows of whole blocks of a power of two from 32 on, "
-            f"got [{rows}, {columns}] in blocks of {blocksize}"
-        )
+        want, got = "a power of two from 32 on", f"[{rows}, {columns}] in blocks of {blocksize}"
+        raise ValueError(f"weight: want rows of whole blocks of {want}, got {got}")
     width, out_width = (rows, columns) if backward else (columns, rows)
     if x.dim() != 2 or x.shape[1] != width or x.dtype not in DTYPES or not x.is_cpu:
-        raise ValueError(
-            f"x: want [tokens, {width}] in one of {[*DTYPES]} on the CPU, "
-            f"got {list(x.shape)} {x.dtype} on {x.device}"
+        want, got = (
+            f"[tokens, {width}] in one of {[*DTYPES]} on the CPU",
+            f"{list(x.shape)} {x.dtype}",
         )
+        raise ValueError(f"x: want {want}, got {got} on {x.device}")
     if x.stride(1) != 1 and width > 1 and len(x):
         raise ValueError(f"x: want a contiguous last axis, got strides {x.stride()}")
     if multipliers()[index] == "amx" and x.dtype != torch.bfloat16:
