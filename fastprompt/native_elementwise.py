@@ -1,9 +1,8 @@
 """What csrc/ has of a frozen block's elementwise work: norms, activations, rotation.
 
 The same calls as `ops.norms_triton`, `ops.activations_triton` and `ops.rope_triton`, each one pass
-over memory on torch.get_num_threads() threads, whose number the results do not depend on. All
-X A result may lie where an
-input does. ``variant`` is one of `native.variants()`, by default the best.
+over memory on torch.get_num_threads() threads, whose number the results do not depend on. A result
+may lie where an input does. ``variant`` is one of `native.variants()`, by default the best.
 """
 
 import math

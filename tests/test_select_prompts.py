@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from compare import assert_as_accurate
 
-from fastprompt import native, ops
+from fastprompt import native, native_select, ops
 from fastprompt.ops import reference
 from fastprompt.ops import select_prompts_plain as plain
 
@@ -229,7 +229,7 @@ def test_every_instruction_set_and_share(variant, threads, dtype):
     torch.set_num_threads(threads)
     try:
         for some in (k, 9):
-            got = native.select(query, keys, prompts, some, True, scale, variant=variant)
+            got = native_select.select(query, keys, prompts, some, True, scale, variant=variant)
             double = keys.double() if scale is None else keys.double() * 0.25
             want = reference.select_prompts(query.double(), double, prompts.double(), some)
             assert_chosen(got, want)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastprompt import native
+from fastprompt import native, native_select
 
 _MOST = 1 << 28  # bytes of candidates at once
 
@@ -28,5 +28,5 @@ def forward(
     """(tokens [B, k + rest, ...], indices [B, k] int64, scores [B, k] float32)."""
     entries = prompts[:, None] if prompts.ndim == 2 else prompts
     key_scale, total = (None if x is None else x.contiguous() for x in (key_scale, total))
-    tokens, indices, scores = native.select(query, keys, entries, k, rest, key_scale, total)
+    tokens, indices, scores = native_select.select(query, keys, entries, k, rest, key_scale, total)
     return tokens.view(*tokens.shape[:2], *prompts.shape[1:]), indices, scores
