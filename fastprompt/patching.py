@@ -177,8 +177,10 @@ def patch(
         compute: "auto": in the dtype that the backbone computes in. "fp8": the products of frozen
             4-bit blocks that compute in bfloat16 run in fp8 (e4m3, a scale for each row), on
             NVIDIA cards of capability 8.9 and newer; gradients are then some ten times as far
-            from exact as bfloat16's. On the CPU it is emulated, slowly. The report says which
-            products do not, and why.
+            from exact as bfloat16's. Only where gradients are computed: a forward without them
+            (evaluation, generation) runs the layers' own products, so that a loss in evaluation is
+            that of another function than was trained. On the CPU it is emulated, slowly. The report
+            says which products do not, and why.
         logits: whether a language model, given labels in training, returns its logits beside its
             loss. By default they are None there and never made: at 7B they take more memory than
             half of the blocks. In evaluation, and without labels, they are there always.

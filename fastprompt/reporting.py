@@ -147,14 +147,19 @@ def _products(patch: Patch) -> list[str]:
     names = {module: name for name, module in patch.model.named_modules()}
     by_reason: dict[str | None, list[str]] = {}
     for block in patch.blocks.values():
-        other = f"the block computes in {block.dtype}, fp8 wants torch.bfloat16"
-        late = other if block.dtype not in (None, torch.bfloat16) else block.why_not()
+        # before its first forward as its norm has it, which autocast may yet change
+        dtype, unless = block.dtype, ""
+        if dtype is None:
+            dtype, unless = block.parts.norm1.weight.dtype, " unless autocast is bfloat16"
+        other = f"the block computes in {dtype}{unless}, fp8 wants torch.bfloat16"
+        late = other if dtype != torch.bfloat16 else block.why_not()
         for group in block.parts.groups:
             found = by_reason.setdefault(late or why_not(group), [])
             found += [names[part] for part in group]
     total, done = sum(map(len, by_reason.values())), by_reason.pop(None, [])
     emulated = " (emulated on the CPU, in float32)" if patch.model.device.type == "cpu" else ""
-    lines = [f"  products  {len(done)} of {total} in fp8{emulated}"]
+    # a forward without gradients runs the layers' own
+    lines = [f"  products  {len(done)} of {total} in fp8{emulated}, in training"]
     for why, found in by_reason.items():
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         lines.append(f"  not in fp8  {found[0]}{more}: {why}")
