@@ -63,7 +63,8 @@ class FusedLoss:
         setattr(model, _SLOT, made)
         made.handles = [
             model.register_forward_pre_hook(Enter(made), with_kwargs=True),
-            model.register_forward_hook(Leave(made), always_call=True),
+            # before the hooks that are there already, which are not to see what stands for logits
+            model.register_forward_hook(Leave(made), prepend=True, always_call=True),
         ]
         return made
 

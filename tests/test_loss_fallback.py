@@ -121,6 +121,14 @@ def test_the_report_says_which_forwards_made_logits():
     assert "of all logits: compiled as a whole" in patch.report()
 
 
+def test_a_hook_from_before_the_patch_sees_no_logits():
+    model, seen = tiny.build("llama").train(), []
+    model.register_forward_hook(lambda module, args, out: seen.append(out.logits))
+    fastprompt.patch(model)
+    model(**labelled("llama", torch.float32))
+    assert seen == [None]
+
+
 def test_undo_gives_both_places_back():
     model = tiny.build("llama")
     given = labelled("llama", torch.float32)
