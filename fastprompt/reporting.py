@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def report(patch: Patch) -> str:
     """One screen: the towers, what trains, what is frozen and how, what was skipped."""
     model, lengths = patch.model, patch.method.lengths()
+    if patch.undone:
+        return f"fastprompt: undone ({patch.method} on {type(model).__name__})"
     lines = [f"fastprompt: {patch.method} on {type(model).__name__}", "", "towers"]
     for tower in patch.anatomy.towers:
         rows, depth = lengths.get(tower.kind, 0), len(tower.blocks) + len(tower.unread)
@@ -124,6 +126,10 @@ def _blocks(patch: Patch) -> list[str]:
     if not patch.memories:
         return ["blocks  transformers' own: no tower has prompts"]
     blocks, reasons = patch.blocks, dict(patch.unfused)
+    taken = (tower for tower in patch.anatomy.towers if tower.name in patch.memories)
+    for name in (block.name for tower in taken for block in tower.blocks):
+        if name not in blocks:  # wrapped after the patch, where nothing of ours is found any more
+            reasons.setdefault(name, "its forward was replaced")
     reasons |= {name: why for name, block in blocks.items() if (why := block.why_not())}
     count = len(blocks.keys() - reasons.keys())
     lines = [f"blocks  {count} of {len(blocks.keys() | reasons.keys())} as one autograd node"]
@@ -180,8 +186,9 @@ def _backend(patch: Patch) -> str:
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     chosen = chosen_backend(like)
     rest = (
-        "; what that does not take (float16, 4-D masks, packed rows, fewer heads than "
-        "threads) goes to vendor"
+        "; what that does not take goes to vendor: float16, float16 masks, additive masks beside "
+        "soft-capping, a single query with a 4-D mask, biased prompts, packed sequences "
+        "(cu_seqlens), fewer heads than threads"
     )
     return f"auto: {chosen} (on {like.device.type})" + rest * (chosen == "native")
 
