@@ -1,9 +1,12 @@
 """What of fastprompt is active on this machine, and whether it works: ``fastprompt doctor``."""
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +60,14 @@ def examine() -> tuple[str, bool]:
 
     A kernel that is not compiled yet is compiled, so the first examination of a GPU takes a while.
     """
+    with contextlib.suppress(ImportError):  # the checks that want it will say so
+        import bitsandbytes  # noqa: F401 (long, and no check's time)
+
     lines, well = [report(), ""], True
     for device in _devices():
+        if not _has_fp8(device):
+            capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            lines.append(f"{device}  fp8: not here, capability {capability}")
         for name, check in _checks(device):
             started = time.perf_counter()
             try:
@@ -79,23 +88,31 @@ def _checks(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
         backend = chosen_backend(like)
         yield f"prompt_attention, {kind} ({backend})", lambda like=like: _attention(like, 33)
         yield f"prompt_attention, one query, {kind}", lambda like=like: _attention(like, 1)
+        yield f"prompt_attention, 4-D mask, {kind}", lambda like=like: _attention(like, 33, True)
         yield f"select_prompts, {kind}", lambda like=like: _selection(like)
-        yield f"rms_norm, {kind}", lambda like=like: _norm(like)
-    if device == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9):
+        for name, (define, *given) in _defined(like).items():
+            yield f"{name}, {kind}", partial(_as_defined, name, define, *given)
+    if _has_fp8(device):
         kind = "emulated" if device == "cpu" else "torch._scaled_mm"
         yield f"4-bit weights in fp8 ({kind})", lambda: _fp8(device)
+    yield "dequantize_4bit against bitsandbytes'", lambda: _decoded(device)
     yield "4-bit weights against bitsandbytes'", lambda: _four_bit(device)
 
 
-def _attention(like: Tensor, N: int) -> str:
+def _has_fp8(device: str) -> bool:
+    return device == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _attention(like: Tensor, N: int, masked: bool = False) -> str:
     """Causal, grouped queries, each sample with its own set of prompts."""
     shapes = [(2, 4, N, 64), (2, 2, 33, 64), (2, 2, 33, 64), (3, 2, 5, 64), (3, 2, 5, 64)]
     which = torch.tensor([2, 0], device=like.device)
     inputs = [_random(like, *shape).requires_grad_() for shape in shapes]
+    mask = _random(like, 2, 1, N, 33) > -0.5 if masked else None
 
     def run(attend, dtype):
         given = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        out = attend(*given, causal=True, prompt_index=which)
+        out = attend(*given, causal=True, prompt_index=which, attn_mask=mask)
         if N == 1:  # so few numbers that the error of a gradient is luck
             return (out,)
         return out, *torch.autograd.grad(out.float().square().sum(), given)
@@ -105,11 +122,43 @@ def _attention(like: Tensor, N: int) -> str:
     return _no_worse(run(ops.prompt_attention, like.dtype), eager, truth)
 
 
-def _norm(like: Tensor) -> str:
-    x, weight = _random(like, 33, 200), 1 + _random(like, 200)
-    eager = torch.nn.functional.rms_norm(x, (200,), weight, 1e-6)
-    truth = torch.nn.functional.rms_norm(x.double(), (200,), weight.double(), 1e-6)
-    return _no_worse([ops.rms_norm(x, weight, eps=1e-6)], [eager], [truth])
+def _defined(like: Tensor) -> dict[str, tuple[Callable, list[Tensor], list]]:
+    """Op -> (what it must be, inputs that get gradients, the others)."""
+    x, y = _random(like, 33, 200), _random(like, 3, 11, 200).view(33, 200)
+    weight, bias = 1 + _random(like, 200), _random(like, 200)
+    heads, angles = [_random(like, 2, n, 33, 64) for n in (4, 2)], _random(like, 2, 33, 64)
+    labels = torch.arange(33, device=like.device)
+    return {
+        "rms_norm": (reference.rms_norm, [x], [weight, 1e-6]),
+        "layer_norm": (reference.layer_norm, [x], [weight, bias, 1e-6]),
+        "swiglu": (reference.swiglu, [x, y], []),
+        "gelu": (reference.gelu, [x], []),
+        "rope": (reference.rope, heads, [angles.cos(), angles.sin()]),
+        "cosine_logits": (reference.cosine_logits, [x, _random(like, 33, 7, 200)], [4.0]),
+        "linear_cross_entropy": (_cross_entropy, [x], [_random(like, 101, 200) / 10, labels]),
+    }
+
+
+def _as_defined(op: str, define: Callable, trained: list[Tensor], rest: list) -> str:
+    """Results and gradients."""
+
+    def run(f: Callable, dtype: torch.dtype) -> list[Tensor]:
+        given = [x.to(dtype).requires_grad_() for x in trained]
+        floats = (isinstance(x, Tensor) and x.is_floating_point() for x in rest)
+        others = [x.to(dtype) if is_float else x for x, is_float in zip(rest, floats, strict=True)]
+        found = f(*given, *others)
+        found = found if isinstance(found, tuple) else (found,)
+        grads = torch.autograd.grad(sum(y.double().square().sum() for y in found), given)
+        return [*(y for y in found if y.ndim), *grads]  # the error of a single number is luck
+
+    dtype = trained[0].dtype
+    return _no_worse(run(getattr(ops, op), dtype), run(define, dtype), run(define, torch.float64))
+
+
+def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = hidden @ weight.mT
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return torch.nn.functional.cross_entropy(logits.to(wide), labels)
 
 
 def _selection(like: Tensor) -> str:
@@ -124,13 +173,28 @@ def _selection(like: Tensor) -> str:
     return "" if off <= 1e-2 else f"the best cosines are missed by {off:.1e}"
 
 
+def _decoded(device: str) -> str:
+    from bitsandbytes import functional as bnb
+
+    packed, state = _quantized(device, 128, 256)
+    same = torch.equal(ops.dequantize_4bit((packed, state)), bnb.dequantize_4bit(packed, state))
+    return "" if same else "other numbers"
+
+
+def _quantized(device: str, rows: int, columns: int) -> tuple[Tensor, Any]:
+    """A random NF4 weight, and its state."""
+    from bitsandbytes import functional as bnb
+
+    weight = _random(torch.empty(0, dtype=torch.bfloat16, device=device), rows, columns)
+    return bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+
+
 def _four_bit(device: str) -> str:
     from bitsandbytes import functional as bnb
 
-    weight = _random(torch.empty(0, dtype=torch.bfloat16, device=device), 128, 256)
-    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    x = _random(weight, 3, 256)
+    packed, state = _quantized(device, 128, 256)
     dense = bnb.dequantize_4bit(packed, state)
+    x = _random(dense, 3, 256)
     ours, eager = ops.nf4_linear(x, (packed, state)), x @ dense.mT
     return _no_worse([ours], [eager], [x.double() @ dense.double().mT])
 
@@ -139,11 +203,11 @@ def _fp8(device: str) -> str:
     """Both directions, against the numbers that the weight was quantised to."""
     from bitsandbytes import functional as bnb
 
-    weight = _random(torch.empty(0, dtype=torch.bfloat16, device=device), 256, 128)
-    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    packed, state = _quantized(device, 256, 128)
     opened, dense = [unpack((packed, state))], bnb.dequantize_4bit(packed, state).double()
     scales = row_scales(opened)
-    x, dy = _random(weight, 33, 128), _random(weight, 33, 256)
+    like = torch.empty(0, dtype=torch.bfloat16, device=device)
+    x, dy = _random(like, 33, 128), _random(like, 33, 256)
     y = fp8_linear(quantize_rows(x), opened, scales, None)
     dx = fp8_linear_backward(quantize_rows(dy, scales), opened, scales)
     for got, want in ((y, x.double() @ dense.mT), (dx, dy.double() @ dense)):

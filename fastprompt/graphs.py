@@ -31,6 +31,7 @@ class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: dict[str, Any]  # tensors at the addresses that the graph reads
     loss: Tensor
+    reached: list[nn.Parameter]  # those that get gradients
 
 
 class GraphedStep:
@@ -52,10 +53,10 @@ class GraphedStep:
         self.run, self.parameters, self.most = run, list(parameters), most
         self.reason: str | None = None
         self._captured: dict[Hashable, _Captured] = {}
-        self._grads: list[Tensor] = []
+        self._grads: dict[nn.Parameter, Tensor] = {}
 
     def __call__(self, batch: dict[str, Any], key: Hashable = ()) -> Tensor:
-        """The loss of the batch; its gradients are added to the parameters'.
+        """The loss of the batch, detached; its gradients are added to the parameters'.
 
         Args:
             batch: tensors on one CUDA device, and values that can be hashed.
@@ -67,11 +68,11 @@ class GraphedStep:
         key = (shapes, rest, key)
         self.reason = self._why_not(tensors, key)
         if self.reason is not None:
-            return self.run(**batch)
-        self._hold_gradients()
+            return self.run(**batch).detach()
         if key not in self._captured:
             self._captured[key] = self._capture(batch, tensors)
-        graph, inputs, loss = self._captured[key]
+        graph, inputs, loss, reached = self._captured[key]
+        self._hold_gradients(reached)
         for name, x in tensors.items():
             inputs[name].copy_(x, non_blocking=True)
         graph.replay()
@@ -84,11 +85,14 @@ class GraphedStep:
             return f"more than {self.most} shapes of batch"
         return None
 
-    def _hold_gradients(self) -> None:
-        """The graph adds to the gradients where they lay when it was captured."""
-        if not self._grads:
-            self._grads = [torch.zeros_like(p) for p in self.parameters]
-        for p, held in zip(self.parameters, self._grads, strict=True):
+    def _hold_gradients(self, reached: list[nn.Parameter]) -> None:
+        """The graph adds to the gradients where they lay when it was captured.
+
+        Parameters that ``run`` does not reach keep what they have: an optimizer skips those with
+        no gradient, and would decay those with a gradient of zeros.
+        """
+        for p in reached:
+            held = self._grads[p]
             if p.grad is None:  # zero_grad() takes them away
                 p.grad = held.zero_()
             elif p.grad is not held:
@@ -97,17 +101,22 @@ class GraphedStep:
     def _capture(self, batch: dict[str, Any], tensors: dict[str, Tensor]) -> _Captured:
         device = next(iter(tensors.values())).device
         inputs = {name: x.clone() if name in tensors else x for name, x in batch.items()}
-        with _nothing_happened(device, self._grads), _no_checks_on_the_host():
+        with _nothing_happened(device, self.parameters), _no_checks_on_the_host():
+            for p in self.parameters:
+                p.grad = None  # to see which get one
             stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     self.run(**inputs)
             torch.cuda.current_stream(device).wait_stream(stream)
+            reached = [p for p in self.parameters if p.grad is not None]
+            for p in reached:
+                p.grad = self._grads.setdefault(p, torch.zeros_like(p))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 loss = self.run(**inputs).detach()
-        return _Captured(graph, inputs, loss)
+        return _Captured(graph, inputs, loss, reached)
 
 
 def _on_a_card(tensors: Iterable[Tensor]) -> bool:
@@ -115,13 +124,15 @@ def _on_a_card(tensors: Iterable[Tensor]) -> bool:
 
 
 @contextmanager
-def _nothing_happened(device: torch.device, grads: list[Tensor]):
-    """Gradients and random numbers afterwards are those of before."""
-    before, state = [g.clone() for g in grads], torch.cuda.get_rng_state(device)
-    yield
-    for g, old in zip(grads, before, strict=True):
-        g.copy_(old)
-    torch.cuda.set_rng_state(state, device)
+def _nothing_happened(device: torch.device, parameters: list[nn.Parameter]):
+    """Gradients and random numbers afterwards are those of before, even if something is raised."""
+    before, state = [p.grad for p in parameters], torch.cuda.get_rng_state(device)
+    try:
+        yield
+    finally:
+        for p, grad in zip(parameters, before, strict=True):
+            p.grad = grad
+        torch.cuda.set_rng_state(state, device)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.ops.nf4_linear import nf4_linear
+from fastprompt.ops.packed import unpack
 
 
 class Product:
@@ -99,6 +100,19 @@ def adopt(model: nn.Module) -> dict[str, nn.Module]:
         slot = _slot(module)
         setattr(module, slot, Product(module, slot))
     return found
+
+
+def check(modules: dict[str, nn.Module]) -> None:
+    """Refuse frozen modules that `adopt` returned whose weights cannot be read.
+
+    Raises:
+        ValueError: naming the module, and what is wrong with its weight (see `unpack`).
+    """
+    for name, module in modules.items():
+        try:
+            unpack((module.weight, state_of(module)))
+        except ValueError as wrong:
+            raise ValueError(f"{name}: {wrong}") from wrong
 
 
 def release(modules: dict[str, nn.Module] | Iterable[nn.Module]) -> None:

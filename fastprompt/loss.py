@@ -34,7 +34,7 @@ class FusedLoss:
     A plain object that holds its model: it follows it through deepcopy and pickle.
 
     Attributes:
-        reason: why the last training forward with labels made logits; None: it made none.
+        reason: why the last training forward made logits; None: it made none.
         logits: whether they are to be kept in training, too.
         hidden: what lm_head was given, between the two calls of a forward that makes no logits.
     """
@@ -63,7 +63,8 @@ class FusedLoss:
         setattr(model, _SLOT, made)
         made.handles = [
             model.register_forward_pre_hook(Enter(made), with_kwargs=True),
-            model.register_forward_hook(Leave(made), always_call=True),
+            # before the hooks that are there already, which are not to see what stands for logits
+            model.register_forward_hook(Leave(made), prepend=True, always_call=True),
         ]
         return made
 
@@ -118,13 +119,18 @@ class FusedLoss:
         self.forget()
         if not self.model.training or not torch.is_grad_enabled():
             return
-        if arguments.get("labels") is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.reason = "compiled as a whole"
             return
-        self.reason = None
-        kept = arguments.get("logits_to_keep")
-        if isinstance(kept, Tensor) or kept:
-            self.reason = "logits_to_keep"
+        self.reason = self._argument(arguments)
         self.active = self.why_not() is None
+
+    def _argument(self, arguments: dict[str, Any]) -> str | None:
+        """What of a forward's arguments asks for logits."""
+        if arguments.get("labels") is None:
+            return "no labels were given"
+        kept = arguments.get("logits_to_keep")
+        return "logits_to_keep" if isinstance(kept, Tensor) or kept else None
 
     def __call__(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from fastprompt import families, reporting, tapping
+from fastprompt import families, reporting, tapping, undoing
 from fastprompt.blocks import fp8
 from fastprompt.blocks.frozen import Frozen
 from fastprompt.blocks.memory import CHOICES as MEMORIES
@@ -21,7 +21,6 @@ from fastprompt.ops.options import BACKENDS
 from fastprompt.pools import Pool
 from fastprompt.prompts import CHILD, Prompt
 from fastprompt.steps import apply
-from fastprompt.undoing import STEPS
 
 ATTRIBUTE = "_fastprompt_patch"
 
@@ -65,6 +64,11 @@ class Patch:
         read = (block for tower in self.anatomy.towers for block in tower.blocks)
         found = {block.name: Frozen.of(block.layer) for block in read}
         return {name: block for name, block in found.items() if block is not None}
+
+    @property
+    def undone(self) -> bool:
+        """Whether `undo` has given the old model back."""
+        return not self._undo
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -135,11 +139,19 @@ class Patch:
     def undo(self) -> None:
         """Give the exact old model back: modules, values, requires_grad flags and config.
 
-        What was trained is lost; `fastprompt.save` it before.
+        What was trained is lost; `fastprompt.save` it before. Embeddings that were resized since
+        stay as they are, and so does the config's ``vocab_size``.
+
+        Raises:
+            ValueError: a head that trained was resized since, so that the old one no longer fits
+                the embeddings; nothing has been changed then.
         """
+        resized = undoing.resized(self._undo)
         while self._undo:
             step, what = self._undo.pop()
-            STEPS[step](what)
+            undoing.STEPS[step](what)
+        for config, size in resized:
+            config.vocab_size = size
         for kept in (self._names, self.memories, self.unfused):
             kept.clear()
         self.pool = None
@@ -177,8 +189,10 @@ def patch(
         compute: "auto": in the dtype that the backbone computes in. "fp8": the products of frozen
             4-bit blocks that compute in bfloat16 run in fp8 (e4m3, a scale for each row), on
             NVIDIA cards of capability 8.9 and newer; gradients are then some ten times as far
-            from exact as bfloat16's. On the CPU it is emulated, slowly. The report says which
-            products do not, and why.
+            from exact as bfloat16's. Only where gradients are computed: a forward without them
+            (evaluation, generation) runs the layers' own products, so that a loss in evaluation is
+            that of another function than was trained. On the CPU it is emulated, slowly. The report
+            says which products do not, and why.
         logits: whether a language model, given labels in training, returns its logits beside its
             loss. By default they are None there and never made: at 7B they take more memory than
             half of the blocks. In evaluation, and without labels, they are there always.
@@ -194,6 +208,8 @@ def patch(
         raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {backend!r}")
     if memory not in MEMORIES:
         raise ValueError(f"memory: want one of {', '.join(MEMORIES)}; got {memory!r}")
+    if not isinstance(logits, bool):
+        raise ValueError(f"logits: want True or False, got {logits!r}")
     if compute not in fp8.CHOICES:
         raise ValueError(f"compute: want one of {', '.join(fp8.CHOICES)}; got {compute!r}")
     if compute == "fp8" and memory == "off":

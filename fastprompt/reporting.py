@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def report(patch: Patch) -> str:
     """One screen: the towers, what trains, what is frozen and how, what was skipped."""
     model, lengths = patch.model, patch.method.lengths()
+    if patch.undone:
+        return f"fastprompt: undone ({patch.method} on {type(model).__name__})"
     lines = [f"fastprompt: {patch.method} on {type(model).__name__}", "", "towers"]
     for tower in patch.anatomy.towers:
         rows, depth = lengths.get(tower.kind, 0), len(tower.blocks) + len(tower.unread)
@@ -124,6 +126,10 @@ def _blocks(patch: Patch) -> list[str]:
     if not patch.memories:
         return ["blocks  transformers' own: no tower has prompts"]
     blocks, reasons = patch.blocks, dict(patch.unfused)
+    taken = (tower for tower in patch.anatomy.towers if tower.name in patch.memories)
+    for name in (block.name for tower in taken for block in tower.blocks):
+        if name not in blocks:  # wrapped after the patch, where nothing of ours is found any more
+            reasons.setdefault(name, "its forward was replaced")
     reasons |= {name: why for name, block in blocks.items() if (why := block.why_not())}
     count = len(blocks.keys() - reasons.keys())
     lines = [f"blocks  {count} of {len(blocks.keys() | reasons.keys())} as one autograd node"]
@@ -147,14 +153,19 @@ def _products(patch: Patch) -> list[str]:
     names = {module: name for name, module in patch.model.named_modules()}
     by_reason: dict[str | None, list[str]] = {}
     for block in patch.blocks.values():
-        other = f"the block computes in {block.dtype}, fp8 wants torch.bfloat16"
-        late = other if block.dtype not in (None, torch.bfloat16) else block.why_not()
+        # before its first forward as its norm has it, which autocast may yet change
+        dtype, unless = block.dtype, ""
+        if dtype is None:
+            dtype, unless = block.parts.norm1.weight.dtype, " unless autocast is bfloat16"
+        other = f"the block computes in {dtype}{unless}, fp8 wants torch.bfloat16"
+        late = other if dtype != torch.bfloat16 else block.why_not()
         for group in block.parts.groups:
             found = by_reason.setdefault(late or why_not(group), [])
             found += [names[part] for part in group]
     total, done = sum(map(len, by_reason.values())), by_reason.pop(None, [])
     emulated = " (emulated on the CPU, in float32)" if patch.model.device.type == "cpu" else ""
-    lines = [f"  products  {len(done)} of {total} in fp8{emulated}"]
+    # a forward without gradients runs the layers' own
+    lines = [f"  products  {len(done)} of {total} in fp8{emulated}, in training"]
     for why, found in by_reason.items():
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         lines.append(f"  not in fp8  {found[0]}{more}: {why}")
@@ -175,8 +186,9 @@ def _backend(patch: Patch) -> str:
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     chosen = chosen_backend(like)
     rest = (
-        "; what that does not take (float16, 4-D masks, packed rows, fewer heads than "
-        "threads) goes to vendor"
+        "; what that does not take goes to vendor: float16, float16 masks, additive masks beside "
+        "soft-capping, a single query with a 4-D mask, biased prompts, packed sequences "
+        "(cu_seqlens), fewer heads than threads"
     )
     return f"auto: {chosen} (on {like.device.type})" + rest * (chosen == "native")
 

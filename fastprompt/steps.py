@@ -33,6 +33,7 @@ def apply(done: Patch) -> None:
 
     adopted = linear4bit.adopt(model)
     done._undo.append(("linear4bit", adopted))
+    linear4bit.check(adopted)
     for part in method.trains():
         if part in done.anatomy.parts:
             _train(done, part, done.anatomy.parts[part])

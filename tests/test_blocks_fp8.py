@@ -69,7 +69,8 @@ def test_error_beside_bfloat16s(name, policy):
     model, *inputs = block(name, compute="fp8", memory=policy)
     got = results(*inputs)
     report = fastprompt.patch_of(model).report()
-    assert "in fp8 (emulated on the CPU" in report and "not in" not in report
+    assert "in fp8 (emulated on the CPU, in float32), in training" in report
+    assert "not in" not in report
     for ours, theirs, want in zip(got, base, truth, strict=True):
         assert ours.dtype == theirs.dtype
         error, other = (relative(t.double(), want.double()) for t in (ours, theirs))
@@ -147,7 +148,7 @@ def test_autocast():
         model, *inputs = block("llama", dtype=torch.float32, compute=how)
         with torch.autocast("cpu", BF16):
             found.append(results(*inputs))
-    assert "not in fp8" not in fastprompt.patch_of(model).report()
+    assert "products  7 of 21 in fp8" in fastprompt.patch_of(model).report()  # of the one that ran
     for a, b in zip(*found, strict=True):
         assert a.dtype == b.dtype == torch.float32 and 0.05 < relative(b, a) < 0.3
 
@@ -177,6 +178,9 @@ def test_one_of_several_is_enough():
 
 def test_a_block_that_computes_in_float32():
     model = prompted("llama", torch.float32, compute="fp8")
+    early = fastprompt.patch_of(model).report()  # nothing has run yet, nor has autocast
+    assert "products  0 of 21 in fp8" in early
+    assert "computes in torch.float32 unless autocast is bfloat16, fp8 wants" in early
     got = run("llama", model, tiny.inputs("llama", torch.float32))
     want = run("llama", prompted("llama", torch.float32), tiny.inputs("llama", torch.float32))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -15,8 +15,9 @@ def test_this_machine_is_well(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert fastprompt.report() in said and "WRONG" not in said
-    for op in ("prompt_attention, bfloat16", "select_prompts", "rms_norm", "4-bit weights"):
-        assert op in said
+    for op in (*set(ops.__all__) - {"sum_of", "nf4_linear", "quantize_rows"}, "4-bit weights"):
+        assert f"cpu  {op}" in said
+    assert "prompt_attention, 4-D mask, bfloat16" in said
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,12 @@ def test_this_machine_is_well(capsys):
     [
         ("prompt_attention", "prompt_attention, float32"),
         ("rms_norm", "rms_norm, bfloat16"),
+        ("layer_norm", "layer_norm, float32"),
+        ("swiglu", "swiglu, bfloat16"),
+        ("gelu", "gelu, float32"),
+        ("cosine_logits", "cosine_logits, bfloat16"),
+        ("linear_cross_entropy", "linear_cross_entropy, bfloat16"),
+        ("dequantize_4bit", "dequantize_4bit against"),
         ("nf4_linear", "4-bit weights"),
     ],
 )
@@ -33,6 +40,21 @@ def test_a_kernel_that_is_wrong_is_named(monkeypatch, capsys, op, line):
     assert main(["doctor"]) == 1
     wrong = [x for x in capsys.readouterr().out.splitlines() if "WRONG" in x]
     assert any(line in x for x in wrong) and all(op in x or "4-bit" in x for x in wrong)
+
+
+def test_a_rotation_that_is_wrong_is_named(monkeypatch):
+    monkeypatch.setattr(ops, "rope", lambda q, k, cos, sin, right=ops.rope: right(q, k, cos, -sin))
+    wrong = [line for line in doctor.examine()[0].splitlines() if "WRONG" in line]
+    assert len(wrong) == 2 and all("rope, " in line for line in wrong)
+
+
+def test_a_card_without_fp8_is_told_of(monkeypatch):
+    monkeypatch.setattr(doctor, "report", str)
+    monkeypatch.setattr(doctor, "_devices", lambda: ["cuda:0"])
+    monkeypatch.setattr(doctor, "_checks", lambda device: [])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    text, well = doctor.examine()
+    assert well and "cuda:0  fp8: not here, capability 8.0" in text
 
 
 def test_wrong_prompts_are_named(monkeypatch):

@@ -31,9 +31,9 @@ def fake(monkeypatch):
     @contextlib.contextmanager
     def capture(graph):
         step = captured[-1]
-        before = [p.grad.clone() for p in step.parameters]
+        before = {p: p.grad.clone() for p in step.parameters if p.grad is not None}
         yield
-        for p, old in zip(step.parameters, before, strict=True):
+        for p, old in before.items():
             p.grad.copy_(old)
 
     original = GraphedStep._capture
@@ -171,6 +171,42 @@ def test_other_values_are_another_graph(fake):
 def test_without_a_card_it_is_the_step_itself():
     step = same()
     assert step.reason == "a batch that is not on a CUDA device"
+    _, step = product(1)
+    assert not step(dict(a=torch.ones(1))).requires_grad  # as that of a graph
+
+
+def test_a_parameter_that_is_not_reached_gets_no_gradient(fake):
+    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
+
+    def run(a, both=False):
+        loss = (x * a).sum() + (y * a).sum() * both if both else (x * a).sum()
+        loss.backward()
+        return loss
+
+    step = GraphedStep(run, [x, y])
+    a = torch.tensor([1.0, 2.0])
+    step(dict(a=a))
+    step(dict(a=a))
+    assert y.grad is None and x.grad.tolist() == [2, 4]
+    step(dict(a=a, both=True))
+    step(dict(a=a))
+    assert y.grad.tolist() == [1, 2] and x.grad.tolist() == [4, 8]
+
+
+def test_a_warm_up_that_fails_leaves_nothing(fake):
+    x, runs = torch.ones(1, requires_grad=True), []
+
+    def run(a):
+        runs.append((x * torch.rand(1) * a).sum().backward())
+        if len(runs) == 2:
+            raise torch.OutOfMemoryError("no more")
+        return a.sum()
+
+    x.grad = torch.full((1,), 7.0)
+    state = torch.get_rng_state()
+    with pytest.raises(torch.OutOfMemoryError):
+        GraphedStep(run, [x])(dict(a=torch.ones(1)))
+    assert x.grad.item() == 7 and torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.gpu

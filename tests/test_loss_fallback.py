@@ -109,6 +109,26 @@ def test_logits_to_keep_is_left_to_transformers():
     assert "logits_to_keep" in fastprompt.patch_of(ours).report()
 
 
+def test_the_report_says_which_forwards_made_logits():
+    model = tiny.build("llama").train()
+    patch = fastprompt.patch(model)
+    given = labelled("llama", torch.float32)
+    assert model(input_ids=given["input_ids"]).logits is not None  # a loss of the user's own
+    assert "of all logits: no labels were given" in patch.report()
+    assert model(**given).logits is None and "logits are None" in patch.report()
+    torch._dynamo.reset()
+    assert torch.compile(model, backend="eager")(**given).logits is not None
+    assert "of all logits: compiled as a whole" in patch.report()
+
+
+def test_a_hook_from_before_the_patch_sees_no_logits():
+    model, seen = tiny.build("llama").train(), []
+    model.register_forward_hook(lambda module, args, out: seen.append(out.logits))
+    fastprompt.patch(model)
+    model(**labelled("llama", torch.float32))
+    assert seen == [None]
+
+
 def test_undo_gives_both_places_back():
     model = tiny.build("llama")
     given = labelled("llama", torch.float32)

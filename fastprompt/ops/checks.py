@@ -1,5 +1,6 @@
 """What the ops of frozen blocks refuse alike, and which of their implementations runs."""
 
+import math
 import os
 
 import torch
@@ -61,7 +62,15 @@ def check_floats(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: want a contiguous last axis, got strides {x.stride()}")
 
 
+def check_number(name: str, x: float, least: float = -math.inf) -> None:
+    if not isinstance(x, int | float) or not math.isfinite(x) or x < least:
+        want = "a finite number" if least == -math.inf else f"a finite number of at least {least}"
+        raise ValueError(f"{name}: want {want}, got {x!r}")
+
+
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: want a tensor {list(shape)}, got {type(x).__name__}")
     if x.shape != shape:
         raise ValueError(f"{name}: want {list(shape)}, got {list(x.shape)}")
 

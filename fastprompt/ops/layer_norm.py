@@ -24,6 +24,7 @@ from fastprompt.ops.checks import (
     check_backend,
     check_floats,
     check_frozen,
+    check_number,
     check_out,
     check_shape,
 )
@@ -230,13 +231,14 @@ def layer_norm(
         and residual.
 
     Raises:
-        ValueError: a shape, stride, dtype or device that the op does not serve, or a weight or
-            bias that trains.
+        ValueError: a shape, stride, dtype, device or eps that the op does not serve, or a
+            weight or bias that trains.
     """
     check_floats(x=x)
     check_backend(backend, x.device, AND_NATIVE)
     if x.ndim == 0:
         raise ValueError("x: want [..., D], got a single number")
+    check_number("eps", eps, least=0)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             check_frozen(name, parameter, x.shape[-1:], x.device)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprompt.ops.checks import check_number
 from fastprompt.ops.nf4_linear import decoded
 from fastprompt.ops.packed import FLOATS, unpack
 
@@ -182,6 +183,7 @@ def linear_cross_entropy(
             trains, or liger-kernel asked for where it does not serve.
         IndexError: a label that is neither of the V nor ``ignore_index``.
     """
+    check_number("scale", scale)
     rows, columns = _check(hidden, weight, labels, bias, reduction, label_smoothing, softcap)
     if backend not in BACKENDS:
         raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {backend!r}")
@@ -216,6 +218,10 @@ def linear_cross_entropy(
 
 def _check(hidden, weight, labels, bias, reduction, smoothing, softcap) -> tuple[int, int]:
     """Rows and columns of the weight."""
+    weights = () if isinstance(weight, tuple) else (("weight", weight),)
+    for name, x in (("hidden", hidden), *weights, ("labels", labels), ("bias", bias)):
+        if not isinstance(x, Tensor) and (name, x) != ("bias", None):
+            raise ValueError(f"{name}: want a tensor, got {type(x).__name__}")
     if hidden.dtype not in FLOATS or hidden.ndim == 0:
         raise ValueError(f"hidden: want [..., D] of one of {[*FLOATS]}, got {hidden.dtype}")
     if _is_4bit(weight):
@@ -238,8 +244,11 @@ def _check(hidden, weight, labels, bias, reduction, smoothing, softcap) -> tuple
         raise ValueError(f"bias: want it frozen, [{size[0]}]; got {list(bias.shape)}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: want 'mean' or 'sum', got {reduction!r}")
+    check_number("label_smoothing", smoothing)
     if not 0 <= smoothing <= 1:
         raise ValueError(f"label_smoothing: want 0 to 1, got {smoothing}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: want it above 0, got {softcap}")
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap: want it above 0, got {softcap}")
     return size

@@ -99,8 +99,10 @@ def _check_scales(w: Packed) -> None:
             ("offset", w.offset, 1),
         ]
     for name, t, count in counts:
-        if t.numel() < count or not t.is_contiguous():
-            raise ValueError(f"weight: want {name} contiguous, {count} values; got {t.numel()}")
+        if t.numel() < count:
+            raise ValueError(f"weight: want {count} values of {name}, got {t.numel()}")
+        if not t.is_contiguous():
+            raise ValueError(f"weight: want {name} contiguous, got strides {t.stride()}")
         if name != "absmax" and t.dtype != torch.float32:
             raise ValueError(f"weight: want {name} in torch.float32, got {t.dtype}")
         if t.device != w.packed.device:

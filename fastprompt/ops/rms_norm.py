@@ -26,6 +26,7 @@ from fastprompt.ops.checks import (
     check_backend,
     check_floats,
     check_frozen,
+    check_number,
     check_out,
     check_shape,
 )
@@ -237,13 +238,14 @@ def rms_norm(
         and residual.
 
     Raises:
-        ValueError: a shape, stride, dtype or device that the op does not serve, or a weight that
-            trains.
+        ValueError: a shape, stride, dtype, device or eps that the op does not serve, or a
+            weight that trains.
     """
     check_floats(x=x)
     check_backend(backend, x.device, AND_NATIVE)
     if x.ndim == 0:
         raise ValueError("x: want [..., D], got a single number")
+    check_number("eps", eps, least=0)
     check_frozen("weight", weight, x.shape[-1:], x.device)
     if residual is not None:
         check_floats(x=x, residual=residual)
