@@ -2,8 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -93,67 +92,3 @@ class GradIntoFirstBlock:
                 stacklevel=2,
             )
         return True
-
-
-@dataclass(eq=False)
-class Tap:
-    """Whether the model that taps a vision tower is running its own forward right now.
-
-    Attributes:
-        layer: the ``vision_feature_layer`` at patching; unread blocks are past it.
-        skipping: for each forward under way, whether it reads no deeper than that.
-    """
-
-    layer: int | list[int]
-    skipping: list[bool] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class EnterHost:
-    """Forward pre-hook of the vision-language model."""
-
-    tap: Tap
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        # a caller (or a config changed since) that taps another layer needs the unread blocks
-        asked = kwargs.get("vision_feature_layer")
-        asked = module.config.vision_feature_layer if asked is None else asked
-        self.tap.skipping.append(asked == self.tap.layer)
-
-
-@dataclass(eq=False)
-class LeaveHost:
-    """Forward hook of the vision-language model, called even when its forward raised."""
-
-    tap: Tap
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        if self.tap.skipping:
-            self.tap.skipping.pop()
-
-
-@dataclass(eq=False)
-class RunIfRead:
-    """Stands in for ``layer.forward`` of a block whose output nothing reads inside the host."""
-
-    layer: nn.Module
-    tap: Tap
-    replaced: Callable | None  # a forward that stood on the layer itself (accelerate's)
-
-    @classmethod
-    def put_on(cls, layer: nn.Module, tap: Tap) -> "RunIfRead":
-        layer.forward = made = cls(layer, tap, vars(layer).get("forward"))
-        return made
-
-    def undo(self) -> None:
-        if self.replaced is not None:
-            self.layer.forward = self.replaced
-        else:
-            vars(self.layer).pop("forward", None)
-
-    def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        if self.tap.skipping and self.tap.skipping[-1]:
-            return hidden_states
-        if self.replaced is not None:
-            return self.replaced(hidden_states, *args, **kwargs)
-        return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)

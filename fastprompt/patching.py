@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
-from fastprompt import attention, families, hooks, linear4bit, reporting, trainer
+from fastprompt import families, reporting, tapping
 from fastprompt.blocks import fp8
-from fastprompt.blocks.frozen import Frozen, freeze
+from fastprompt.blocks.frozen import Frozen
 from fastprompt.blocks.memory import CHOICES as MEMORIES
 from fastprompt.blocks.memory import Memory
-from fastprompt.families import Anatomy, Tower
-from fastprompt.families.base import join
+from fastprompt.families import VISION, Anatomy
 from fastprompt.loss import FusedLoss
 from fastprompt.methods import Method, default_for
 from fastprompt.ops.options import BACKENDS
 from fastprompt.pools import Pool
-from fastprompt.prompts import Prompt
-from fastprompt.trained import trained_copy
-from fastprompt.undoing import CHILD, STEPS
+from fastprompt.prompts import CHILD, Prompt
+from fastprompt.steps import apply
+from fastprompt.undoing import STEPS
 
 ATTRIBUTE = "_fastprompt_patch"
 
@@ -80,13 +77,26 @@ class Patch:
         return {
             f"{block.name}.{CHILD}": getattr(block.layer, CHILD)
             for tower in self.anatomy.towers
-            for block in tower.blocks
+            for block in (*tower.blocks, *tower.unread)
             if hasattr(block.layer, CHILD)
         }
 
     def report(self) -> str:
         """What was replaced, what was skipped and why, and what trains, as text."""
         return reporting.report(self)
+
+    def prepare(self, processor: ProcessorMixin) -> ProcessorMixin:
+        """Let the model's processor write as many image tokens as the model has rows for an image.
+
+        Returns the same processor, changed. Wanted by M2PT's ``visual_prompts`` "raw" and
+        "context", which make an image longer; harmless to call with any, and again.
+        """
+        tower = self.anatomy.tower(VISION)
+        if self.anatomy.host is None or tower is None:
+            raise ValueError(f"prepare: want a vision-language model, got {self.anatomy.family}")
+        rows = self.method.lengths()[VISION] if self.method.shown() != "drop" else 0
+        tapping.make_room(processor, self.anatomy.host, tower, rows)
+        return processor
 
     def refresh(self) -> None:
         """Forget cached prompt keys and values: after a write through ``.data``."""
@@ -197,10 +207,11 @@ def patch(
 
     done = Patch(model, method, anatomy, backend, memory=memory, compute=compute, logits=logits)
     try:
-        _apply(done)
+        apply(done)
     except BaseException:
         done.undo()  # never half a patch
         raise
+    model.__dict__[ATTRIBUTE] = done
     return done
 
 
@@ -242,157 +253,3 @@ def _check_devices(anatomy: Anatomy, compute: str) -> None:
                 )
             if compute == "fp8":
                 fp8.check_device(block.norm.weight.device)
-
-
-# ---- the steps, each leaving its own way back ----
-
-
-def _apply(done: Patch) -> None:
-    model, method = done.model, done.method
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    done._undo.append(("requires_grad", flags))
-    model.requires_grad_(False)
-
-    adopted = linear4bit.adopt(model)
-    done._undo.append(("linear4bit", adopted))
-    for part in method.trains():
-        if part in done.anatomy.parts:
-            _train(done, part, done.anatomy.parts[part])
-
-    lengths = method.lengths()
-    prompted = [t for t in done.anatomy.towers if lengths.get(t.kind) and t.blocks]
-    for tower in prompted:
-        for layer in range(len(tower.blocks)):
-            _add_prompt(done, tower, layer)
-        done.pool = done.pool or method.pool(tower)
-    for tower in done.anatomy.towers:
-        if tower not in prompted:
-            none = (
-                f"0 {tower.kind} tokens asked for" if tower.blocks else "no block's output is read"
-            )
-            done.skipped[tower.name or tower.family] = none
-        for block in tower.unread:
-            done.skipped[block.name] = "nothing reads its output: no prompt, and not run by LLaVA"
-
-    _switch_configs(done, prompted)
-    fused = None
-    if isinstance(getattr(model, "lm_head", None), nn.Module):
-        done.loss = FusedLoss.put_on(model, logits=done.logits)
-        if isinstance(done.loss, FusedLoss):
-            fused = done.loss
-            done._undo.append(("loss", fused))
-    if done.memory != "off":
-        frozen = freeze(model, prompted, done.memory, fused, done.compute)
-        done.memories, done.unfused = frozen.memories, frozen.unfused
-        done._undo += [("block", block) for block in frozen.blocks]
-        if done.compute == "fp8":
-            fp8.check_some([block.parts for block in frozen.blocks], frozen.unfused.values())
-    for tower in prompted:
-        _add_hooks(done, tower)
-    if done.pool is not None:
-        _add_pool(done, done.pool)
-    _skip_unread(done)
-    done._undo.append(("trainer", trainer.attach(model)))
-    model.__dict__[ATTRIBUTE] = done
-
-
-def _train(done: Patch, part: str, name: str) -> None:
-    model = done.model
-    parent, _, child = name.rpartition(".")
-    old = model.get_submodule(name)
-    new = trained_copy(old)
-    done._undo.append(("module", (model.get_submodule(parent), child, old)))
-    setattr(model.get_submodule(parent), child, new)
-    done._names += [f"{name}.{n}" for n, _ in new.named_parameters()]
-    low = [n for n, m in old.named_modules() if type(m) is not type(new.get_submodule(n))]
-    done.replaced[name] = f"{part}, trains" + (" as a float32 copy" if low else "")
-
-
-def _add_prompt(done: Patch, tower: Tower, layer: int) -> None:
-    block = tower.blocks[layer]
-    prompt = done.method.prompt(tower.kind, layer, _row(block.norm.weight))
-    if prompt is None:
-        return
-    _add_child(done, block.layer, block.name, prompt)
-    done.replaced[block.name] = done.method.describe(tower.kind, layer)
-
-
-def _add_child(done: Patch, parent: nn.Module, name: str, child: nn.Module) -> None:
-    done._undo.append(("prompt", parent))
-    parent.add_module(CHILD, child.train(parent.training))
-    done._names += [join(name, CHILD, n) for n, _ in child.named_parameters()]
-
-
-def _row(weight: Tensor) -> Tensor:
-    """[D]: the dtype that prompts have beside a norm's weight, its width and its device."""
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
-
-
-def _add_pool(done: Patch, pool: Pool) -> None:
-    tower = pool.tower
-    keys = pool.method.shared_keys(_row(tower.blocks[0].norm.weight))
-    if keys is not None:
-        _add_child(done, tower.model, tower.name, keys)
-        done.replaced[join(tower.name, CHILD)] = f"{len(keys.keys)} pool keys, trains"
-    done._undo.append(("hooks", pool.attach(done.model)))
-
-
-def _switch_configs(done: Patch, towers: list[Tower]) -> None:
-    """Give the model configs of its own (two models may share one) and switch the towers'."""
-    model = done.model
-    memo: dict[int, Any] = {}  # a config that several modules share stays shared among them
-    for module in model.modules():
-        for key, value in list(vars(module).items()):
-            if isinstance(value, PreTrainedConfig):
-                done._undo.append(("attribute", (module, key, value)))
-                setattr(module, key, copy.deepcopy(value, memo))
-    if "lm_head" in done.method.trains():
-        # its copy must not be tied to the frozen embeddings again
-        done._undo.append(
-            ("attribute", (model, "all_tied_weights_keys", model.all_tied_weights_keys))
-        )
-        model.all_tied_weights_keys, model.config.tie_word_embeddings = {}, False
-    for tower in towers:
-        previous = tower.model.config._attn_implementation or "eager"
-        for block in [*tower.blocks, *tower.unread]:
-            prompt = getattr(block.layer, CHILD, None)
-            make = attention.SideKeys if done.pool is None else done.pool.side_keys
-            side = make(block, prompt, previous, done.backend)
-            vars(block.attention)[attention.ATTRIBUTE] = side
-            done._undo.append(("side keys", block.attention))
-            # not the property: that would also switch the config's other parts
-            block.attention.config._attn_implementation_internal = attention.NAME
-        tower.model.config._attn_implementation_internal = attention.NAME
-
-
-def _add_hooks(done: Patch, tower: Tower) -> None:
-    first, switched_on = (
-        hooks.GradIntoFirstBlock(tower),
-        hooks.StillSwitchedOn(tower, attention.NAME),
-    )
-    handles = [
-        tower.embeddings.register_forward_hook(first),
-        tower.model.register_forward_pre_hook(first.given, with_kwargs=True),
-        tower.model.register_forward_pre_hook(switched_on),
-    ]
-    if tower.rotary is not None:
-        count = hooks.CountFromText()
-        handles.append(tower.model.register_forward_pre_hook(count, with_kwargs=True))
-    done._undo.append(("hooks", handles))
-
-
-def _skip_unread(done: Patch) -> None:
-    host = done.anatomy.host
-    unread = [block for tower in done.anatomy.towers for block in tower.unread]
-    if host is None or not unread:
-        return
-    tap = hooks.Tap(host.config.vision_feature_layer)
-    for block in unread:
-        done._undo.append(("forward", hooks.RunIfRead.put_on(block.layer, tap)))
-    leave = dict(with_kwargs=True, always_call=True)
-    handles = [
-        host.register_forward_pre_hook(hooks.EnterHost(tap), with_kwargs=True),
-        host.register_forward_hook(hooks.LeaveHost(tap), **leave),
-    ]
-    done._undo.append(("hooks", handles))

@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+CHILD = "fastprompt"  # the prompt's name in its layer
 
 
 class Prompt(nn.Module):
@@ -38,3 +41,9 @@ class Prompt(nn.Module):
 
     def extra_repr(self) -> str:
         return f"tokens={list(self.tokens.shape)}"
+
+
+def row_like(weight: Tensor) -> Tensor:
+    """[D]: the dtype that prompts have beside a norm's weight, its width and its device."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
-from fastprompt import native
+from fastprompt import families, native
 from fastprompt.blocks.fp8 import why_not
+from fastprompt.methods import Method, default_for
 from fastprompt.ops.prompt_attention import chosen_backend
+from fastprompt.prompts import row_like
 
 if TYPE_CHECKING:
     from fastprompt.patching import Patch
@@ -22,7 +24,8 @@ def report(patch: Patch) -> str:
     lines = [f"fastprompt: {patch.method} on {type(model).__name__}", "", "towers"]
     for tower in patch.anatomy.towers:
         rows, depth = lengths.get(tower.kind, 0), len(tower.blocks) + len(tower.unread)
-        kinds = Counter(patch.replaced[b.name] for b in tower.blocks if b.name in patch.replaced)
+        found = (patch.replaced.get(block.name) for block in (*tower.blocks, *tower.unread))
+        kinds = Counter(what for what in found if what)
         what = ", ".join(f"{kind.removesuffix(' as side keys')} × {n}" for kind, n in kinds.items())
         what = f"{what} of {depth} blocks" if rows else "no prompts"
         lines.append(f"  {tower.kind:<8}{tower.family:<10}{what}  ({tower.name or 'the model'})")
@@ -35,8 +38,7 @@ def report(patch: Patch) -> str:
     trained = {name: p.numel() for name, p in patch.trainable.items()}
     prompts = sum(n for name, n in trained.items() if name.endswith(".fastprompt.tokens"))
     total = count(model)
-    lines += ["", f"trains  {sum(trained.values()):,} of {total:,} parameters"]
-    lines[-1] += f" ({100 * sum(trained.values()) / max(1, total):.3f}%)"
+    lines += ["", f"trains  {sum(trained.values()):,} of {total:,} parameters ({_share(patch)})"]
     lines.append(f"  prompts  {prompts:,}")
     for name, what in patch.replaced.items():
         size = sum(n for key, n in trained.items() if key.startswith(f"{name}."))
@@ -58,6 +60,61 @@ def report(patch: Patch) -> str:
     if patch.skipped:
         lines += ["", "skipped", *(f"  {name}: {why}" for name, why in patch.skipped.items())]
     return "\n".join(lines)
+
+
+class Share(NamedTuple):
+    """How much of a model trains.
+
+    Attributes:
+        trained: numbers that train, by part: "prompts", "projector", "lm_head", "head".
+        total: numbers in the model, prompts included.
+    """
+
+    trained: dict[str, int]
+    total: int
+
+    def percent(self, *without: str) -> float:
+        """Of all numbers, those that train but for some parts."""
+        counted = (n for part, n in self.trained.items() if part not in without)
+        return 100 * sum(counted) / max(1, self.total)
+
+
+def trainable_share(model: nn.Module, method: Method | None = None) -> Share:
+    """What `patch` with this method would train; nothing changes, and "meta" models will do.
+
+    Raises:
+        ValueError: a model or a method that is not served.
+    """
+    anatomy = families.anatomy(model)
+    method = default_for(anatomy) if method is None else method
+    method.check(anatomy)
+    trained, total = {"prompts": 0}, count(model)
+    for tower in anatomy.towers:
+        if method.lengths().get(tower.kind):
+            for layer, block in enumerate(method.blocks(tower)):
+                prompt = method.prompt(tower.kind, layer, row_like(block.norm.weight))
+                trained["prompts"] += 0 if prompt is None else count(prompt)
+            pool = method.pool(tower)
+            keys = pool and pool.method.shared_keys(row_like(tower.blocks[0].norm.weight))
+            trained["prompts"] += count(keys) if keys is not None else 0
+    total += trained["prompts"]
+    for part in method.trains():
+        if part in anatomy.parts:
+            trained[part] = count(model.get_submodule(anatomy.parts[part]))
+            total += trained[part] * (part == "lm_head" and is_tied(model))  # a copy of its own
+    return Share(trained, total)
+
+
+def _share(patch: Patch) -> str:
+    """As a percentage, for a vision-language model with lm_head and without."""
+    own, total = sum(p.numel() for p in patch.trainable.values()), count(patch.model)
+    text, parts = f"{100 * own / max(1, total):.3f}%", patch.anatomy.parts
+    if "projector" not in parts or "lm_head" not in parts:
+        return text
+    head = count(patch.model.get_submodule(parts["lm_head"]))
+    if "lm_head" in patch.method.trains():
+        return f"{text}; without lm_head {100 * (own - head) / total:.3f}%"
+    return f"{text}; with lm_head {100 * (own + head) / total:.3f}%"
 
 
 def _blocks(patch: Patch) -> list[str]:
@@ -128,6 +185,11 @@ def count(model: nn.Module) -> int:
     """Numbers in a model, shared ones once; a packed 4-bit weight counts what it decodes to."""
     packed = {id(m.weight): _numel(m) for m in model.modules() if is_4bit(m)}
     return sum(packed.get(id(p), p.numel()) for p in model.parameters())
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the head's weight is the embeddings', too."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def is_4bit(module: nn.Module) -> bool:

@@ -2,11 +2,11 @@
 
 from torch import Tensor, nn
 
-from fastprompt import attention, hooks, linear4bit, trainer
+from fastprompt import attention, linear4bit, trainer
 from fastprompt.blocks.frozen import Frozen
 from fastprompt.loss import FusedLoss
-
-CHILD = "fastprompt"  # the prompt's name in its layer
+from fastprompt.prompts import CHILD
+from fastprompt.tapping import HostMethod, RunIfRead
 
 
 def _restore_flags(flags: list[tuple[nn.Parameter, bool, Tensor | None]]) -> None:
@@ -37,7 +37,8 @@ STEPS = {
     "attribute": lambda what: setattr(*what),
     "prompt": lambda layer: layer._modules.pop(CHILD, None),
     "side keys": lambda module: vars(module).pop(attention.ATTRIBUTE, None),
-    "forward": hooks.RunIfRead.undo,
+    "forward": RunIfRead.undo,
+    "method": HostMethod.undo,
     "block": Frozen.undo,
     "hooks": _remove,
     "trainer": trainer.detach,

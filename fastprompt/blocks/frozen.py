@@ -34,6 +34,7 @@ from fastprompt.blocks.node import frozen_block
 from fastprompt.blocks.parts import Parts
 from fastprompt.families import TEXT, Tower
 from fastprompt.ops.options import Options
+from fastprompt.prompts import CHILD
 
 if TYPE_CHECKING:
     from fastprompt.loss import FusedLoss
@@ -69,7 +70,7 @@ class Frozen:
         cls, layer: nn.Module, parts: Parts, side: SideKeys, memory: Memory, compute: str
     ) -> str | None:
         """Take the place of ``layer.forward``. Returns why not, if the block is none of ours."""
-        found = checks.inside(layer, ignored=side.prompt)
+        found = checks.inside(layer, ignored=getattr(layer, CHILD, None))
         why = checks.unknown(parts, found)
         if side.previous == "eager":
             why = "eager attention, which returns its weights"

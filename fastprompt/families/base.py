@@ -44,6 +44,7 @@ class Tower:
     embeddings: nn.Module
     blocks: list[Block]
     unread: list[Block] = field(default_factory=list)
+    hands_on: bool = True  # its forward's keywords, to its blocks
 
     @property
     def rotary(self) -> nn.Module | None:
@@ -77,6 +78,7 @@ class Layout:
     v_proj: str = "v_proj"
     rotary: str | None = None
     blocks: tuple[BlockLayout, ...] = ()  # of one block; the first that fits
+    hands_on: bool = True  # the model's keywords, to its blocks
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ class TowerFamily:
             for i, layer in enumerate(attrgetter(layout.layers)(model))
         ]
         embeddings = attrgetter(layout.embeddings)(model)
-        return Tower(self.kind, self.name, name, model, embeddings, blocks)
+        return Tower(
+            self.kind, self.name, name, model, embeddings, blocks, hands_on=layout.hands_on
+        )
 
     def _block(
         self, name: str, layer: nn.Module, layout: Layout, rotary: nn.Module | None

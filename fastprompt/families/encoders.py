@@ -77,6 +77,7 @@ DINOV2 = TowerFamily(
             attention="attention.attention",
             k_proj="key",
             v_proj="value",
+            hands_on=False,
         ),
     ),
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from fastprompt.families import TEXT, VISION, Anatomy, Tower
+from fastprompt.families import TEXT, VISION, Anatomy, Block, Tower
 from fastprompt.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -26,6 +26,14 @@ class Method:
     def trains(self) -> tuple[str, ...]:
         """Parts that train beside the prompts: of "projector", "lm_head", "head"."""
         raise NotImplementedError
+
+    def shown(self) -> str:
+        """What a vision-language model's projector sees of the visual prompts: `tapping.SHOWN`."""
+        return "drop"
+
+    def blocks(self, tower: Tower) -> list[Block]:
+        """The blocks of a tower that get a prompt, in order; `prompt` may still say none."""
+        return tower.blocks
 
     def prompt(self, kind: str, layer: int, like: Tensor) -> Prompt | None:
         """A new prompt for block ``layer``, from 0, of such a tower; None: none there.

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from fastprompt.families import TEXT, VISION, Anatomy
+from fastprompt.families import TEXT, VISION, Anatomy, Block, Tower
 from fastprompt.methods.base import Method
+from fastprompt.tapping import SHOWN
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,13 @@ class M2PT(Method):
     Args:
         vision_tokens, text_tokens: prompt rows per block. The paper's headline is 20 and 10.
         train_projector: the paper's "interaction layer".
-        train_lm_head: as the released code does; the paper's 0.09% is without it.
-        visual_prompts: "drop": the projector sees the patch tokens alone.
+        train_lm_head: as the released code does; the paper's 0.09% is without it. A head that
+            shares its weight with the embeddings is untied from them, which stay frozen.
+        visual_prompts: what the projector sees of an image. "drop": its patches alone. "raw", as
+            the released code has it: rows 1 .. P-1 written for the block after the tapped one,
+            untouched, then the class token, then the patches. "context", as the paper's figure
+            has it: the prompts' outputs of the tapped block, then the patches. Both make an image
+            P tokens longer: `Patch.prepare` makes room for them in the text.
     """
 
     vision_tokens: int = 10
@@ -30,11 +36,40 @@ class M2PT(Method):
     def trains(self) -> tuple[str, ...]:
         return ("projector",) * self.train_projector + ("lm_head",) * self.train_lm_head
 
+    def shown(self) -> str:
+        return self.visual_prompts
+
+    def blocks(self, tower: Tower) -> list[Block]:
+        raw = tower.kind == VISION and self.visual_prompts == "raw"
+        return [*tower.blocks, *tower.unread[:1]] if raw else tower.blocks
+
     def check(self, anatomy: Anatomy) -> None:
         if "projector" not in anatomy.parts:
             raise ValueError(f"M2PT: want a vision-language model, got {anatomy.family}")
         if self.train_lm_head and "lm_head" not in anatomy.parts:
             raise ValueError("M2PT(train_lm_head=True): want a model with lm_head, got one without")
-        if self.visual_prompts != "drop":
-            raise ValueError(f"visual_prompts: want 'drop', got {self.visual_prompts!r}")
         super().check(anatomy)
+        self._check_shown(anatomy)
+
+    def _check_shown(self, anatomy: Anatomy) -> None:
+        shown, vision = self.visual_prompts, anatomy.tower(VISION)
+        if shown not in SHOWN:
+            raise ValueError(f"visual_prompts: want one of {', '.join(SHOWN)}; got {shown!r}")
+        if shown == "drop":
+            return
+        layer, wants = anatomy.host.config.vision_feature_layer, f"visual_prompts={shown!r}: want"
+        if not isinstance(layer, int):
+            raise ValueError(f"{wants} one tapped layer, got vision_feature_layer {layer}")
+        if not self.vision_tokens:
+            raise ValueError(f"{wants} vision_tokens of 1 or more, got 0")
+        if not vision.blocks or (shown == "raw" and not vision.unread):
+            after = ", and a block after it" * (shown == "raw")
+            raise ValueError(
+                f"{wants} the output of a block tapped{after}; got vision_feature_layer {layer} "
+                f"of {len(vision.blocks) + len(vision.unread)} blocks"
+            )
+        if not vision.hands_on:
+            raise ValueError(
+                f"{wants} a vision tower that hands keywords on to its blocks; "
+                f"{vision.family} does so in a transformers newer than 5.17"
+            )

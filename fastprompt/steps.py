@@ -1,0 +1,182 @@
+"""The steps of a patch, each of which leaves its own way back on ``done._undo``."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from fastprompt import attention, hooks, linear4bit, tapping, trainer
+from fastprompt.blocks import fp8
+from fastprompt.blocks.frozen import freeze
+from fastprompt.families import VISION, Tower
+from fastprompt.families.base import join
+from fastprompt.loss import FusedLoss
+from fastprompt.pools import Pool
+from fastprompt.prompts import CHILD, row_like
+from fastprompt.reporting import is_tied
+from fastprompt.trained import trained_copy
+
+if TYPE_CHECKING:
+    from fastprompt.patching import Patch
+
+
+def apply(done: Patch) -> None:
+    """Do to ``done.model`` all that its method asks; ``done.undo()`` takes back what was done."""
+    model, method = done.model, done.method
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    done._undo.append(("requires_grad", flags))
+    model.requires_grad_(False)
+
+    adopted = linear4bit.adopt(model)
+    done._undo.append(("linear4bit", adopted))
+    for part in method.trains():
+        if part in done.anatomy.parts:
+            _train(done, part, done.anatomy.parts[part])
+
+    lengths = method.lengths()
+    prompted = [t for t in done.anatomy.towers if lengths.get(t.kind) and t.blocks]
+    for tower in prompted:
+        _add_prompts(done, tower)
+        done.pool = done.pool or method.pool(tower)
+    for tower in done.anatomy.towers:
+        if tower not in prompted:
+            none = (
+                f"0 {tower.kind} tokens asked for" if tower.blocks else "no block's output is read"
+            )
+            done.skipped[tower.name or tower.family] = none
+        for block in tower.unread:
+            if block.name not in done.replaced:
+                done.skipped[block.name] = (
+                    "nothing reads its output: no prompt, and not run by LLaVA"
+                )
+
+    _switch_configs(done, prompted)
+    fused = None
+    if isinstance(getattr(model, "lm_head", None), nn.Module):
+        done.loss = FusedLoss.put_on(model, logits=done.logits)
+        if isinstance(done.loss, FusedLoss):
+            fused = done.loss
+            done._undo.append(("loss", fused))
+    if done.memory != "off":
+        frozen = freeze(model, prompted, done.memory, fused, done.compute)
+        done.memories, done.unfused = frozen.memories, frozen.unfused
+        done._undo += [("block", block) for block in frozen.blocks]
+        if done.compute == "fp8":
+            fp8.check_some([block.parts for block in frozen.blocks], frozen.unfused.values())
+    for tower in prompted:
+        _add_hooks(done, tower)
+    if done.pool is not None:
+        _add_pool(done, done.pool)
+    _tap(done)
+    done._undo.append(("trainer", trainer.attach(model)))
+
+
+def _train(done: Patch, part: str, name: str) -> None:
+    model = done.model
+    parent, _, child = name.rpartition(".")
+    old, tied = model.get_submodule(name), part == "lm_head" and is_tied(model)
+    new = trained_copy(old)
+    done._undo.append(("module", (model.get_submodule(parent), child, old)))
+    setattr(model.get_submodule(parent), child, new)
+    done._names += [f"{name}.{n}" for n, _ in new.named_parameters()]
+    low = [n for n, m in old.named_modules() if type(m) is not type(new.get_submodule(n))]
+    how = " as a float32 copy" * bool(low)
+    how += ", untied from the embeddings" * tied
+    done.replaced[name] = f"{part}, trains{how}"
+
+
+def _add_prompts(done: Patch, tower: Tower) -> None:
+    blocks, shown = done.method.blocks(tower), _shown(done, tower)
+    for layer, block in enumerate(blocks):
+        prompt = done.method.prompt(tower.kind, layer, row_like(block.norm.weight))
+        if prompt is not None:
+            _add_child(done, block.layer, block.name, prompt)
+            done.replaced[block.name] = done.method.describe(tower.kind, layer)
+    if shown != "drop":
+        rows = f"{done.method.lengths()[VISION]} prompt rows"
+        how = {"raw": "for the projector alone", "context": "as tokens, seen by the projector"}
+        done.replaced[blocks[-1].name] = f"{rows} {how[shown]}"
+
+
+def _shown(done: Patch, tower: Tower) -> str:
+    """What the projector sees of the tower's prompts."""
+    return done.method.shown() if tower.kind == VISION else "drop"
+
+
+def _add_child(done: Patch, parent: nn.Module, name: str, child: nn.Module) -> None:
+    done._undo.append(("prompt", parent))
+    parent.add_module(CHILD, child.train(parent.training))
+    done._names += [join(name, CHILD, n) for n, _ in child.named_parameters()]
+
+
+def _add_pool(done: Patch, pool: Pool) -> None:
+    tower = pool.tower
+    keys = pool.method.shared_keys(row_like(tower.blocks[0].norm.weight))
+    if keys is not None:
+        _add_child(done, tower.model, tower.name, keys)
+        done.replaced[join(tower.name, CHILD)] = f"{len(keys.keys)} pool keys, trains"
+    done._undo.append(("hooks", pool.attach(done.model)))
+
+
+def _switch_configs(done: Patch, towers: list[Tower]) -> None:
+    """Give the model configs of its own (two models may share one) and switch the towers'."""
+    model = done.model
+    memo: dict[int, Any] = {}  # a config that several modules share stays shared among them
+    for module in model.modules():
+        for key, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                done._undo.append(("attribute", (module, key, value)))
+                setattr(module, key, copy.deepcopy(value, memo))
+    if "lm_head" in done.method.trains():
+        # its copy must not be tied to the frozen embeddings again
+        done._undo.append(
+            ("attribute", (model, "all_tied_weights_keys", model.all_tied_weights_keys))
+        )
+        model.all_tied_weights_keys, model.config.tie_word_embeddings = {}, False
+    for tower in towers:
+        previous = tower.model.config._attn_implementation or "eager"
+        for block in [*tower.blocks, *tower.unread]:
+            as_tokens = _shown(done, tower) == "context" and block is tower.blocks[-1]
+            prompt = None if as_tokens else getattr(block.layer, CHILD, None)
+            make = attention.SideKeys if done.pool is None else done.pool.side_keys
+            side = make(block, prompt, previous, done.backend)
+            vars(block.attention)[attention.ATTRIBUTE] = side
+            done._undo.append(("side keys", block.attention))
+            # not the property: that would also switch the config's other parts
+            block.attention.config._attn_implementation_internal = attention.NAME
+        tower.model.config._attn_implementation_internal = attention.NAME
+
+
+def _add_hooks(done: Patch, tower: Tower) -> None:
+    first, switched_on = (
+        hooks.GradIntoFirstBlock(tower),
+        hooks.StillSwitchedOn(tower, attention.NAME),
+    )
+    handles = [
+        tower.embeddings.register_forward_hook(first),
+        tower.model.register_forward_pre_hook(first.given, with_kwargs=True),
+        tower.model.register_forward_pre_hook(switched_on),
+    ]
+    if tower.rotary is not None:
+        count = hooks.CountFromText()
+        handles.append(tower.model.register_forward_pre_hook(count, with_kwargs=True))
+    done._undo.append(("hooks", handles))
+
+
+def _tap(done: Patch) -> None:
+    """What the vision-language model reads of its vision tower."""
+    host, vision, shown = done.anatomy.host, done.anatomy.tower(VISION), done.method.shown()
+    if host is None or not (vision.unread or shown != "drop"):
+        return
+    layer = host.config.vision_feature_layer
+    done._undo.append(("method", tapping.TapImages(host, layer, shown).put_on()))
+    for block in vision.unread:
+        done._undo.append(("forward", tapping.RunIfRead.put_on(block.layer)))
+    if shown != "drop":
+        rows = done.method.lengths()[VISION]
+        done._undo.append(("method", tapping.CheckRoom(host, rows, shown).put_on()))
+        front = int(host.config.vision_feature_select_strategy == "default")
+        done._undo.append(("hooks", tapping.show(vision, shown, front)))
