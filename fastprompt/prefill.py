@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastprompt import attention
 from fastprompt.families import TEXT, VISION, Tower
+from fastprompt.methods.base import DeepMethod
 from fastprompt.patching import Patch
 from fastprompt.prompts import CHILD
 
@@ -38,8 +39,8 @@ def prefill(
     Raises:
         ValueError: what is wanted is not there, or too short; nothing has changed then.
     """
-    if patch.pool is not None:
-        raise ValueError(f"prefill: want the same prompts for all samples, got {patch.method}")
+    if not isinstance(patch.method, DeepMethod):
+        raise ValueError(f"prefill: want prompts that are rows of a block, got {patch.method}")
     given = {TEXT: input_ids, VISION: pixel_values}
     towers = [t for t in patch.anatomy.towers if any(_prompted(t))]
     rows: dict[nn.Module, Tensor] = {}

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from fastprompt.attention import SideKeys
 from fastprompt.families import TEXT, VISION, Anatomy, Block, Tower
-from fastprompt.prompts import Prompt
+from fastprompt.prompts import Prompt, row_like
 
 if TYPE_CHECKING:
     from fastprompt.pools import Pool
@@ -36,10 +37,18 @@ class Method:
         """The blocks of a tower that get a prompt, in order; `prompt` may still say none."""
         return tower.blocks
 
+    def row(self, block: Block) -> Tensor:
+        """[W]: an empty row of that block's prompt, on its device; W is D but for free keys."""
+        return row_like(block.norm.weight)
+
+    def side_keys(self) -> type[SideKeys]:
+        """What turns a block's prompt into keys and values."""
+        return SideKeys
+
     def prompt(self, kind: str, layer: int, like: Tensor) -> Prompt | None:
         """A new prompt for block ``layer``, from 0, of such a tower; None: none there.
 
-        ``like`` is [D], of the prompt's width, dtype and device.
+        ``like`` is `row`'s, of the prompt's width, dtype and device.
         """
         return Prompt(self.init_(like.new_empty(self.lengths()[kind], len(like))))
 
@@ -78,12 +87,15 @@ class Method:
 
 
 class Adapted:
-    """What `Method.adapt` put into a model: ``names`` of parameters that train, and the way back.
+    """What `Method.adapt` put into a model, and the way back.
 
-    A plain object with the model's modules in it, so that it goes with the model through deepcopy.
+    Args:
+        names: of the parameters that train.
+        replaced: module name -> what stands there now, for the report.
     """
 
-    names: Sequence[str]
+    def __init__(self, names: Sequence[str], replaced: dict[str, str]):
+        self.names, self.replaced = names, replaced
 
     def undo(self) -> None:
         raise NotImplementedError
