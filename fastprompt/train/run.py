@@ -107,9 +107,12 @@ def _run(
         stop.restore()
         if main:
             data.problems.write(folder / run_folder.BAD_ROWS)
+    if not stop.asked and config.evaluates and not _evaluated(trainer):
+        trainer.evaluate()
+    entries = read_metrics(folder / METRICS)
     if main and not stop.asked:
         fastprompt.save(patch.model, folder / run_folder.PROMPTS)
-    entries = read_metrics(folder / METRICS)
+        run_folder.finish(folder, patch, entries)
     return Result(
         folder=folder,
         model=patch.model,
@@ -123,6 +126,12 @@ def _run(
         problems=data.problems,
         skipped=trainer.skipped,
     )
+
+
+def _evaluated(trainer: PromptTrainer) -> bool:
+    """Whether held-out rows were asked after the last step."""
+    step = trainer.state.global_step
+    return any("eval_loss" in e and e["step"] == step for e in trainer.state.log_history)
 
 
 def _headline(trainer: PromptTrainer, data: Data, patch: Patch) -> str:
