@@ -129,7 +129,7 @@ class TrainConfig:
         Raises:
             ValueError: an unknown option (the nearest one is named), a missing or a wrong one.
         """
-        _check_names(values, where)
+        check_names(values, where)
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
             raise ValueError(f"{where}: want {', '.join(missing)} too")
@@ -161,7 +161,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: want a YAML file of options; {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: want a YAML mapping of options, got {type(values).__name__}")
-    _check_names(values, str(path))
+    check_names(values, str(path))
     return values
 
 
@@ -222,7 +222,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     raise ValueError(f"{name}: want {_WORDS[kind]}, got {value!r}")
 
 
-def _check_names(values: Mapping[str, Any], where: str) -> None:
+def check_names(values: Mapping[str, Any], where: str) -> None:
     names = [f.name for f in fields(TrainConfig)]
     for name in values:
         if name not in names:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback
 import fastprompt
 from fastprompt.patching import Patch
 from fastprompt.reporting import count
+from fastprompt.samples import base_sample
 from fastprompt.train import run_folder
 from fastprompt.train.checking import Problems
 from fastprompt.train.config import TrainConfig
@@ -93,6 +94,7 @@ def _run(
     if main:
         if not resumes:
             found = run_folder.facts(config, data.digests, run_folder.command_line())
+            found["base"] = base_sample(patch.model, trained=True)
             run_folder.begin(folder, config, found)
         for callback in (Metrics(folder), bar, KeepBest(folder, config.best_metric)):
             trainer.add_callback(callback)

@@ -1,7 +1,8 @@
 """A run's folder: what it was given and what it ran on, so that it can be resumed and rerun.
 
 config.yaml    every option, resolved
-run.json       command, commit, versions, machine, threads, seeds, hash of the data
+run.json       command, commit, versions, machine, threads, seeds, hash of the data, sample of the
+               frozen model
 metrics.jsonl  losses, learning rates, evaluations
 bad_rows.jsonl rows that were left out, each with its reason
 result.json    once it has finished: what trained, how long, in how much memory, its last scores
