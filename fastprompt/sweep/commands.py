@@ -94,7 +94,9 @@ def results(arguments: list[str]) -> int:
     merge.add_argument("folders", nargs="+", metavar="FOLDER", help="or a results.json")
     for each in (show, merge):
         each.add_argument("--out", required=each is merge, help="gets results.md, .json and .png")
-        each.add_argument("--pick", metavar="OPTION", help="show its best value alone, such as lr")
+        each.add_argument(
+            "--pick", metavar="OPTION", help="show its best value alone, such as learning_rate"
+        )
         each.add_argument("--by", default="loss", choices=("loss", "accuracy"), help="best by")
     given = parser.parse_args(arguments)
     out = given.out or given.folders[0]
