@@ -43,9 +43,9 @@ def test_prefix_tuning_is_pefts(name):
     text = patch.anatomy.tower("text")
     parts = []
     for block in text.blocks:
-        side = vars(block.attention)["_fastprompt"]
-        keys, values = side.project(block.layer.fastprompt.tokens[None])
-        parts += [rotate(keys[0], block.rotary, 0), values[0]]  # each [Hkv, P, d]
+        tokens = block.layer.fastprompt.tokens  # [P, 2·Hkv·d], keys first
+        keys, values = tokens.view(P, 2, -1, block.head_dim).permute(1, 2, 0, 3)
+        parts += [rotate(keys, block.rotary, 0), values]  # each [Hkv, P, d]
     whole = torch.stack(parts).permute(2, 0, 1, 3).reshape(P, -1)  # as PEFT lays them out
     assert weight.shape == whole.shape
     with torch.no_grad():
