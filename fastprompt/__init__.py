@@ -7,6 +7,7 @@ from fastprompt.checkpoint import load, read_card, save
 from fastprompt.doctor import report
 from fastprompt.families import supported
 from fastprompt.patching import Patch, patch, patch_of
+from fastprompt.prefill import prefill
 from fastprompt.prefix_cache import prefix_cache
 from fastprompt.reporting import Share, trainable_share
 from fastprompt.support import Support, supports
@@ -24,6 +25,7 @@ __all__ = [
     "ops",
     "patch",
     "patch_of",
+    "prefill",
     "prefix_cache",
     "read_card",
     "report",

@@ -14,6 +14,8 @@ COMMANDS = {
         "fastprompt.train.commands:inspect_data",
         "show rows, what trains marked",
     ),
+    "sweep": ("fastprompt.sweep.commands:sweep", "train and compare what a plan names"),
+    "results": ("fastprompt.sweep.commands:results", "one table of finished runs"),
 }
 
 

@@ -105,6 +105,20 @@ class PadBias:
         return _with_rows(type(self.module).forward(self.module, *args, **kwargs), self.P)
 
 
+@dataclass(eq=False)
+class WithoutRows:
+    """Stands in for ``layer.forward`` of a block without a prompt beside blocks with one."""
+
+    layer: nn.Module
+    P: int
+
+    def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        if kwargs.get("position_embeddings") is not None:
+            cos, sin = kwargs["position_embeddings"]
+            kwargs["position_embeddings"] = cos[:, self.P :], sin[:, self.P :]
+        return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
+
+
 def concatenate(model: nn.Module, method: Method) -> dict[str, Prompt]:
     """Give an unpatched model literal prompts, in place and for good; all but them is frozen.
 
@@ -122,7 +136,11 @@ def concatenate(model: nn.Module, method: Method) -> dict[str, Prompt]:
 
 def _tower(tower: Tower, length: int, method: Method) -> dict[str, Prompt]:
     prompts = {}
+    chosen = method.blocks(tower)
     for block in tower.blocks:
+        if block not in chosen:
+            block.layer.forward = WithoutRows(block.layer, length)
+            continue
         weight = block.like.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         tokens = torch.empty(length, block.width, dtype=dtype, device=weight.device)

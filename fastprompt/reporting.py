@@ -90,11 +90,13 @@ def trainable_share(model: nn.Module, method: Method | None = None) -> Share:
     anatomy = families.anatomy(model)
     method = default_for(anatomy) if method is None else method
     method.check(anatomy)
+    if type(method).adapt is not Method.adapt:
+        raise ValueError(f"{method}: want a method of prompts; of others, count patch.trainable")
     trained, total = {"prompts": 0}, count(model)
     for tower in anatomy.towers:
         if method.lengths().get(tower.kind):
             for layer, block in enumerate(method.blocks(tower)):
-                prompt = method.prompt(tower.kind, layer, row_like(block.like.weight))
+                prompt = method.prompt(tower.kind, layer, method.row(block))
                 trained["prompts"] += 0 if prompt is None else count(prompt)
             pool = method.pool(tower)
             keys = pool and pool.method.shared_keys(row_like(tower.blocks[0].like.weight))

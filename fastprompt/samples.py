@@ -6,11 +6,15 @@ from torch import nn
 _SAMPLES = 64
 
 
-def base_sample(model: nn.Module) -> list[float]:
+def base_sample(model: nn.Module, *, trained: bool = False) -> list[float]:
     """A few numbers of the frozen model that tell one base model from another.
 
     From embeddings, norms and biases, which no 4-bit loader touches, so that a dense and a 4-bit
     copy of one model agree to the rounding of their dtypes.
+
+    Args:
+        trained: also from what trains, which is the base model's only before it has. Then methods
+            that train different parts give the same numbers.
     """
     names = (
         "embed_tokens.weight",
@@ -18,7 +22,7 @@ def base_sample(model: nn.Module) -> list[float]:
         "patch_embeddings.projection.weight",
         "token_embedding.weight",
     )
-    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    frozen = [(n, p) for n, p in model.named_parameters() if trained or not p.requires_grad]
     frozen = [(n, p) for n, p in frozen if p.device.type != "meta" and p.is_floating_point()]
     tables = [p.detach().flatten() for n, p in frozen if n.endswith(names)]
     vectors = [p.detach()[:1] for _, p in frozen if p.ndim == 1]

@@ -38,6 +38,12 @@ def apply(done: Patch) -> None:
         if part in done.anatomy.parts:
             _train(done, part, done.anatomy.parts[part])
 
+    adapted = method.adapt(model, done.anatomy)
+    if adapted is not None:
+        done._undo.append(("adapted", adapted))
+        done._names += adapted.names
+        done.replaced |= adapted.replaced
+
     lengths = method.lengths()
     prompted = [t for t in done.anatomy.towers if lengths.get(t.kind) and t.blocks]
     for tower in prompted:
@@ -93,7 +99,7 @@ def _train(done: Patch, part: str, name: str) -> None:
 def _add_prompts(done: Patch, tower: Tower) -> None:
     blocks, shown = done.method.blocks(tower), _shown(done, tower)
     for layer, block in enumerate(blocks):
-        prompt = done.method.prompt(tower.kind, layer, row_like(block.like.weight))
+        prompt = done.method.prompt(tower.kind, layer, done.method.row(block))
         if prompt is not None:
             _add_child(done, block.layer, block.name, prompt)
             done.replaced[block.name] = done.method.describe(tower.kind, layer)
@@ -145,7 +151,7 @@ def _switch_configs(done: Patch, towers: list[Tower]) -> None:
         for block in [*tower.blocks, *tower.unread]:
             as_tokens = _shown(done, tower) == "context" and block is tower.blocks[-1]
             prompt = None if as_tokens else getattr(block.layer, CHILD, None)
-            make = attention.SideKeys if done.pool is None else done.pool.side_keys
+            make = done.method.side_keys() if done.pool is None else done.pool.side_keys
             sides = {block.attention: make(block, prompt, previous, done.backend)}
             sides |= {each: attention.SideKeys(block, None, previous) for each in block.without}
             for module, side in sides.items():

@@ -62,6 +62,7 @@ STEPS = {
     "requires_grad": _restore_flags,
     "linear4bit": linear4bit.release,
     "module": _put_back,
+    "adapted": lambda adapted: adapted.undo(),
     "attribute": lambda what: setattr(*what),
     "prompt": lambda layer: layer._modules.pop(CHILD, None),
     "side keys": lambda module: vars(module).pop(attention.ATTRIBUTE, None),

@@ -7,6 +7,7 @@ from fastprompt.methods.coda import CODAPrompt
 from fastprompt.methods.dualprompt import DualPrompt
 from fastprompt.methods.l2p import L2P
 from fastprompt.methods.m2pt import M2PT
+from fastprompt.methods.peers import FullTuning, LoRA, PrefixTuning
 from fastprompt.methods.vpt import VPT
 
 __all__ = [
@@ -16,14 +17,23 @@ __all__ = [
     "CODAPrompt",
     "DeepPrompts",
     "DualPrompt",
+    "FullTuning",
     "InstructionViT",
+    "LoRA",
     "Method",
+    "PrefixTuning",
     "default_for",
     "default_of",
     "from_card",
 ]
 
-_BY_NAME = {cls.__name__: cls for cls in (M2PT, VPT, DeepPrompts, L2P, DualPrompt, CODAPrompt)}
+_BY_NAME = {
+    cls.__name__: cls
+    for cls in (
+        *(M2PT, VPT, DeepPrompts, L2P, DualPrompt, CODAPrompt),
+        *(PrefixTuning, LoRA, FullTuning),
+    )
+}
 
 
 def default_for(anatomy: Anatomy) -> Method:

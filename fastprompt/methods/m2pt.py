@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from fastprompt.families import TEXT, VISION, Anatomy, Block, Tower
-from fastprompt.methods.base import Method
+from fastprompt.methods.base import DeepMethod
 from fastprompt.tapping import SHOWN
 
 
 @dataclass(frozen=True)
-class M2PT(Method):
+class M2PT(DeepMethod):
     """Visual prompts in every block of the vision encoder, textual prompts in every block of the
     language model, and the projector between them trained; all else frozen.
 
@@ -22,6 +22,8 @@ class M2PT(Method):
             untouched, then the class token, then the patches. "context", as the paper's figure
             has it: the prompts' outputs of the tapped block, then the patches. Both make an image
             P tokens longer: `Patch.prepare` makes room for them in the text.
+        layers, init: see `DeepMethod`; "raw"'s rows, of the block after the tapped one, are there
+            whatever the layers.
     """
 
     vision_tokens: int = 10
@@ -41,7 +43,7 @@ class M2PT(Method):
 
     def blocks(self, tower: Tower) -> list[Block]:
         raw = tower.kind == VISION and self.visual_prompts == "raw"
-        return [*tower.blocks, *tower.unread[:1]] if raw else tower.blocks
+        return [*super().blocks(tower), *tower.unread[:1] * raw]
 
     def check(self, anatomy: Anatomy) -> None:
         if "projector" not in anatomy.parts:
@@ -67,6 +69,10 @@ class M2PT(Method):
             raise ValueError(
                 f"{wants} the output of a block tapped{after}; got vision_feature_layer {layer} "
                 f"of {len(vision.blocks) + len(vision.unread)} blocks"
+            )
+        if shown == "context" and vision.blocks[-1] not in self.blocks(vision):
+            raise ValueError(
+                f"{wants} a prompt in the tapped block, the last one; got layers={self.layers!r}"
             )
         if not vision.hands_on:
             raise ValueError(

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastprompt.families import VISION, Anatomy
-from fastprompt.methods.base import Method
+from fastprompt.methods.base import DeepMethod
 
 
 @dataclass(frozen=True)
-class VPT(Method):
+class VPT(DeepMethod):
     """New prompt rows before every block of a vision encoder; the head trains too.
 
     Args:
         num_tokens: prompt rows per block.
         deep: True. VPT-shallow reads the outputs of its prompts and is not served yet.
         train_head: train the model's ``classifier``, if it has one.
+        layers, init: see `DeepMethod`.
     """
 
     num_tokens: int = 10
@@ -29,7 +30,7 @@ class VPT(Method):
     def trains(self) -> tuple[str, ...]:
         return ("head",) if self.train_head else ()
 
-    def init_(self, tokens: Tensor) -> Tensor:
+    def xavier_(self, tokens: Tensor) -> Tensor:
         """Uniform within sqrt(6 / (3·16·16 + D)): Xavier over a 16-pixel RGB patch and D."""
         bound = math.sqrt(6 / (3 * 16 * 16 + tokens.shape[1]))
         return nn.init.uniform_(tokens, -bound, bound)

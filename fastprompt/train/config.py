@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from fastprompt.blocks.memory import CHOICES as MEMORIES
+from fastprompt.methods.base import INITS
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -44,9 +45,15 @@ class TrainConfig:
     bucket: bool = _option(True, "batches of rows of similar length")
     pack: bool = _option(False, "several short conversations in one row of --max-length")
 
-    method: str = _option("m2pt", "what trains: m2pt, vpt (vision), text, projector (stage 1)")
+    method: str = _option(
+        "m2pt",
+        "what trains: m2pt, vpt (vision), text, projector (stage 1); prefix, lora, full (language)",
+    )
     vision_tokens: int = _option(20, "prompt rows of each vision block")
-    text_tokens: int = _option(10, "prompt rows of each language block")
+    text_tokens: int = _option(10, "prompt rows of each language block; the prefix's length")
+    layers: str = _option("all", "blocks with prompts: all, first, odd, bottom, top, or 0,3,7")
+    init: str = _option("xavier", "of prompts; prefill: from the data", (*INITS, "prefill"))
+    lora_rank: int = _option(8, "of lora's adapters")
     train_projector: bool = _option(True, "under m2pt, train the projector too")
     train_lm_head: bool = _option(False, "under m2pt, train lm_head too, as the released code does")
     visual_prompts: str = _option("drop", "what the projector sees of visual prompts")
@@ -122,7 +129,7 @@ class TrainConfig:
         Raises:
             ValueError: an unknown option (the nearest one is named), a missing or a wrong one.
         """
-        _check_names(values, where)
+        check_names(values, where)
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
             raise ValueError(f"{where}: want {', '.join(missing)} too")
@@ -135,7 +142,7 @@ class TrainConfig:
 
 
 _LEAST = dict(
-    hold_out=0, max_length=8, vision_tokens=0, text_tokens=0, epochs=1e-9, max_steps=0,
+    hold_out=0, max_length=8, vision_tokens=0, text_tokens=0, lora_rank=1, epochs=1e-9, max_steps=0,
     batch_size=1, accumulate=1, learning_rate=0, projector_lr=0, head_lr=0, weight_decay=0,
     warmup=0, clip=0, seed=0, init_seed=0, order_seed=0, subset_seed=0, log_every=1, save_every=0,
     keep=1, eval_every=0, workers=0,
@@ -154,7 +161,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: want a YAML file of options; {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: want a YAML mapping of options, got {type(values).__name__}")
-    _check_names(values, str(path))
+    check_names(values, str(path))
     return values
 
 
@@ -215,7 +222,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     raise ValueError(f"{name}: want {_WORDS[kind]}, got {value!r}")
 
 
-def _check_names(values: Mapping[str, Any], where: str) -> None:
+def check_names(values: Mapping[str, Any], where: str) -> None:
     names = [f.name for f in fields(TrainConfig)]
     for name in values:
         if name not in names:

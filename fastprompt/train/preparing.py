@@ -21,9 +21,10 @@ from transformers import (
 )
 
 import fastprompt
-from fastprompt.families import TEXT
-from fastprompt.methods import M2PT, Method
+from fastprompt.families import TEXT, VISION
+from fastprompt.methods import M2PT, FullTuning, LoRA, Method, PrefixTuning
 from fastprompt.patching import Patch
+from fastprompt.prefill import prefill
 from fastprompt.train.batches import Examples, pack
 from fastprompt.train.checking import Checked, Problems, Rows, TrainingError, check, choose
 from fastprompt.train.config import TrainConfig
@@ -35,15 +36,22 @@ def _m2pt(config: TrainConfig) -> Method:
     return M2PT(
         vision_tokens=config.vision_tokens, text_tokens=config.text_tokens,
         train_projector=config.train_projector, train_lm_head=config.train_lm_head,
-        visual_prompts=config.visual_prompts,
+        visual_prompts=config.visual_prompts, **_prompts(config),
     )  # fmt: skip
+
+
+def _prompts(config: TrainConfig) -> dict[str, str]:
+    return dict(layers=config.layers, init="xavier" if config.init == "prefill" else config.init)
 
 
 METHODS: dict[str, Callable[[TrainConfig], Method]] = {
     "m2pt": _m2pt,
-    "vpt": lambda config: M2PT(config.vision_tokens, 0, train_projector=False),
-    "text": lambda config: M2PT(0, config.text_tokens, train_projector=False),
+    "vpt": lambda config: M2PT(config.vision_tokens, 0, train_projector=False, **_prompts(config)),
+    "text": lambda config: M2PT(0, config.text_tokens, train_projector=False, **_prompts(config)),
     "projector": lambda config: M2PT(0, 0),
+    "prefix": lambda config: PrefixTuning(config.text_tokens),
+    "lora": lambda config: LoRA(config.lora_rank),
+    "full": lambda config: FullTuning(),
 }
 
 
@@ -163,6 +171,8 @@ def make_trainer(
         raise TrainingError(f"pack: want a language model of {', '.join(PACKED)}; got {family}")
     if config.tensorboard and find_spec("tensorboard") is None:
         raise TrainingError("tensorboard: want the package of that name, which is not installed")
+    if config.init == "prefill":
+        prefill(patch, *_first_rows(config, data, patch.method.lengths()))
     trainer = PromptTrainer(
         patch.model,
         config,
@@ -174,3 +184,23 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _first_rows(
+    config: TrainConfig, data: Data, lengths: dict[str, int]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Text tokens [T] and images [B, 3, H, W] of the first rows that train, as many as the prompts
+    have rows; None of none."""
+    ids: list[int] = []
+    pixels: list[torch.Tensor] = []
+    text, vision = lengths.get(TEXT, 0), lengths.get(VISION, 0)
+    examples = data.examples(config, data.train, packed=False)
+    for i in range(len(examples)):
+        if len(ids) >= text and len(pixels) >= vision:
+            break
+        example = examples[i][0]
+        if example.problem is None:
+            ids += [token for token in example.ids if token != data.template.image_id]
+            pixels += [] if example.pixels is None else [example.pixels]
+    images = torch.stack(pixels[:vision]) if pixels and vision else None
+    return torch.tensor(ids) if ids else None, images

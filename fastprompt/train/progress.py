@@ -36,20 +36,24 @@ def peak_memory() -> int:
 
 
 class Metrics(TrainerCallback):
-    """Every log entry as a line of metrics.jsonl; a resumed run first drops what it will repeat."""
+    """Every log entry as a line of metrics.jsonl, with the seconds trained so far and the peak of
+    memory; a resumed run first drops what it will repeat, and counts on."""
 
     def __init__(self, folder: Path):
         self.path = folder / METRICS
+        self.began = time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         kept = [e for e in read_metrics(self.path) if e["step"] <= state.global_step]
         text = "".join(json.dumps(entry) + "\n" for entry in kept)
         replace(self.path, lambda part: part.write_text(text))
+        self.began = time.monotonic() - (kept[-1]["seconds"] if kept else 0)
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
         if "train_runtime" in logs:
             return
         entry = {"step": state.global_step, **logs}
+        entry |= {"seconds": round(time.monotonic() - self.began, 3), "memory": peak_memory()}
         none = {k: None for k, v in entry.items() if isinstance(v, float) and not math.isfinite(v)}
         with open(self.path, "a") as file:
             file.write(json.dumps(entry | none) + "\n")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback
 import fastprompt
 from fastprompt.patching import Patch
 from fastprompt.reporting import count
+from fastprompt.samples import base_sample
 from fastprompt.train import run_folder
 from fastprompt.train.checking import Problems
 from fastprompt.train.config import TrainConfig
@@ -95,6 +96,7 @@ def _run(
     if main:
         if not resumes:
             found = run_folder.facts(config, data.digests, run_folder.command_line())
+            found["base"] = base_sample(patch.model, trained=True)
             run_folder.begin(folder, config, found)
         for callback in (Metrics(folder), bar, KeepBest(folder, config.best_metric)):
             trainer.add_callback(callback)
@@ -109,9 +111,12 @@ def _run(
         stop.restore()
         if main:
             data.problems.write(folder / run_folder.BAD_ROWS)
+    if not stop.asked and config.evaluates and not _evaluated(trainer):
+        trainer.evaluate()
+    entries = read_metrics(folder / METRICS)
     if main and not stop.asked:
         fastprompt.save(patch.model, folder / run_folder.PROMPTS)
-    entries = read_metrics(folder / METRICS)
+        run_folder.finish(folder, patch, entries)
     return Result(
         folder=folder,
         model=patch.model,
@@ -125,6 +130,12 @@ def _run(
         problems=data.problems,
         skipped=trainer.skipped,
     )
+
+
+def _evaluated(trainer: PromptTrainer) -> bool:
+    """Whether held-out rows were asked after the last step."""
+    step = trainer.state.global_step
+    return any("eval_loss" in e and e["step"] == step for e in trainer.state.log_history)
 
 
 def _headline(trainer: PromptTrainer, data: Data, patch: Patch) -> str:

@@ -1,9 +1,11 @@
 """A run's folder: what it was given and what it ran on, so that it can be resumed and rerun.
 
 config.yaml    every option, resolved
-run.json       command, commit, versions, machine, threads, seeds, hash of the data
+run.json       command, commit, versions, machine, threads, seeds, hash of the data, sample of the
+               frozen model
 metrics.jsonl  losses, learning rates, evaluations
 bad_rows.jsonl rows that were left out, each with its reason
+result.json    once it has finished: what trained, how long, in how much memory, its last scores
 checkpoint-N/  the last ones; best/ and prompts/: what trained, for `fastprompt.load`
 """
 
@@ -22,10 +24,13 @@ from typing import Any
 import torch
 
 from fastprompt.files import replace
+from fastprompt.patching import Patch
+from fastprompt.reporting import count
 from fastprompt.train.checking import TrainingError
 from fastprompt.train.config import TrainConfig
 
 CONFIG, RUN, BAD_ROWS, PROMPTS = "config.yaml", "run.json", "bad_rows.jsonl", "prompts"
+RESULT = "result.json"
 _PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "triton", "pillow")
 
 
@@ -55,6 +60,22 @@ def begin(folder: Path, config: TrainConfig, found: dict[str, Any]) -> None:
     replace(folder / CONFIG, lambda part: part.write_text(config.as_yaml(), encoding="utf-8"))
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     replace(folder / RUN, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def finish(folder: Path, patch: Patch, entries: list[dict[str, Any]]) -> None:
+    """Write result.json from the entries of metrics.jsonl: the last thing that a run does."""
+    losses = [e["loss"] for e in entries if "loss" in e]
+    found = [e for e in entries if "eval_loss" in e]
+    result = {
+        "trainable": sum(p.numel() for p in patch.trainable.values()),
+        "parameters": count(patch.model),
+        "steps": max((e["step"] for e in entries), default=0),
+        "seconds": max((e["seconds"] for e in entries), default=0.0),
+        "memory": max((e["memory"] for e in entries), default=0),
+        "loss": losses[-1] if losses else None,
+        "held_out": {k: found[-1][f"eval_{k}"] for k in ("loss", "accuracy")} if found else {},
+    }
+    replace(folder / RESULT, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
 
 
 def holds_run(folder: Path) -> bool:

@@ -20,7 +20,6 @@ from fastprompt.train.checking import Problems, TrainingError
 from fastprompt.train.config import TrainConfig
 from fastprompt.train.distributed import sees, zero_of_a_blank_image
 from fastprompt.train.templates import IGNORE
-from fastprompt.trainer import TOKENS
 
 
 class PromptTrainer(Trainer):
@@ -206,20 +205,19 @@ def arguments(config: TrainConfig) -> TrainingArguments:
 
 
 def groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """The optimiser's groups: prompts, the projector and heads, each with its learning rate."""
+    """The optimiser's groups: the projector, heads, and prompts with all else, each with its
+    learning rate."""
     rates = {
         "prompts": config.learning_rate,
         "projector": config.projector_lr,
         "head": config.head_lr,
     }
     done = patch_of(model)
-    projector = done.anatomy.parts.get("projector")
+    parts = {f"{name}.": part for part, name in done.anatomy.parts.items()}
     found: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for name, p in done.trainable.items():
-        if name.endswith(TOKENS):
-            found["prompts"].append(p)
-        else:
-            found["projector" if projector and name.startswith(projector) else "head"].append(p)
+        part = next((part for start, part in parts.items() if name.startswith(start)), "prompts")
+        found["head" if part == "lm_head" else part].append(p)
     default = dict(weight_decay=config.weight_decay)
     return [
         dict(default, params=params, lr=config.learning_rate if rate is None else rate)
