@@ -237,7 +237,7 @@ def test_names_options_and_seeds_of_a_plan(tmp_path):
     path = write(
         tmp_path / "p.yaml",
         base=dict(text_tokens=1, vision_tokens=1, hold_out=2),
-        runs={"a": {}, "b": dict(text_tokens=2)},
+        runs={"a": {}, "b": dict(text_tokens=2, layers="top")},  # the grid goes before a run
         grid=dict(layers=["first", "0,2"]),
         tune=dict(learning_rate=["1e-3", 0.1]),
         seeds=[3, 1],
