@@ -63,7 +63,8 @@ def check_floats(**tensors: Tensor) -> None:
 
 
 def check_number(name: str, x: float, least: float = -math.inf) -> None:
-    if not isinstance(x, int | float) or not math.isfinite(x) or x < least:
+    # comparisons alone: what is traced by torch.compile may be no number yet
+    if not isinstance(x, (int, float)) or not -math.inf < x < math.inf or x < least:
         want = "a finite number" if least == -math.inf else f"a finite number of at least {least}"
         raise ValueError(f"{name}: want {want}, got {x!r}")
 
