@@ -7,6 +7,8 @@ from argparse import Namespace
 import benchmark_files as files
 import pytest
 import torch
+import transformers as tf
+from PIL import Image
 
 import fastprompt
 from fastprompt.__main__ import main
@@ -15,6 +17,7 @@ from fastprompt.eval.answers import accuracy
 from fastprompt.eval.evaluation import load
 from fastprompt.eval.results import radar
 from fastprompt.eval.run import load_judge, load_model
+from fastprompt.methods import M2PT
 
 ALL = list(BENCHMARKS)
 
@@ -280,6 +283,18 @@ def test_a_model_is_loaded_as_asked(tmp_path):
     options.dtype = "float32"
     kinds = {type(m).__name__: m for m in load_judge(options)[0].modules()}
     assert kinds["Linear4bit"].compute_dtype == torch.float32
+
+
+def test_prompts_that_the_projector_sees_find_room(folder, tmp_path):
+    model = tf.AutoModelForImageTextToText.from_pretrained(folder / "model")
+    fastprompt.patch(model, M2PT(3, 2, visual_prompts="context"))
+    fastprompt.save(model, tmp_path / "prompts")
+    options = Namespace(model=folder / "model", prompts=tmp_path / "prompts", chat_template=None)
+    vars(options).update(four_bit=False, dtype="float32", device="cpu")
+    model, processor = load_model(options)
+    image = Image.new("RGB", (16, 16))
+    given = processor(images=image, text="<image>\nWhat is it?", return_tensors="pt")
+    assert model(**given).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("option", ["--limit", "--batch", "--max-new-tokens"])

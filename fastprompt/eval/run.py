@@ -24,6 +24,7 @@ from fastprompt.eval.benchmarks import BENCHMARKS
 from fastprompt.eval.evaluation import EXACT, SCORES, Run, load, predict, score
 from fastprompt.eval.generate import SUFFIX
 from fastprompt.eval.questions import InputError
+from fastprompt.patching import patch_of
 
 DESCRIPTION = "Scores of a model, or of its predictions, on benchmarks from their own files."
 
@@ -131,6 +132,9 @@ def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, ProcessorM
             checkpoint.load(model, options.prompts)
         except ValueError as error:
             raise InputError(f"--prompts: {error}") from error
+        patch = patch_of(model)
+        if patch.method.shown() != "drop":
+            patch.prepare(processor)  # prompts that the projector sees make an image longer
     return model, processor
 
 
