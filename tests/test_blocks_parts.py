@@ -70,7 +70,7 @@ ACTIVATIONS = {
     "silu": lambda x: x * torch.sigmoid(x),
     "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
     "gelu_tanh": lambda x: x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 

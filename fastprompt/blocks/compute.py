@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from fastprompt.blocks import fp8
 from fastprompt.blocks.elementwise import (
-    KINDS,
     activate,
     activate_backward,
     add,
@@ -150,8 +149,7 @@ def mlp_backward(
     """dmiddle [B, N, D]. ``kept``: gate and up may be read again (a second backward)."""
     da = _project_backward((_of_branch(dy, parts.scale2, math),), (parts.down,), math)
     if math.taken_by(parts.first) == E4M3:
-        kind = KINDS[parts.activation]
-        dm = fp8.activation_and_project_backward(kind, da, gate, up, parts.first)
+        dm = fp8.activation_and_project_backward(parts.activation, da, gate, up, parts.first)
     else:
         into = None if kept else (gate, up)
         grads = activate_backward(parts.activation, da, gate, up, into=into)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.blocks.parts import LAYER, RMS_PLUS_ONE, Norm
+from fastprompt.ops.gelu import APPROXIMATE
 from fastprompt.ops.gelu import backward as gelu_backward
 from fastprompt.ops.gelu import forward as gelu
 from fastprompt.ops.layer_norm import backward as layer_norm_backward
@@ -22,9 +23,6 @@ from fastprompt.ops.rms_norm import forward as rms_norm
 from fastprompt.ops.swiglu import ACTIVATIONS as GATED
 from fastprompt.ops.swiglu import backward as swiglu_backward
 from fastprompt.ops.swiglu import forward as swiglu
-
-_GELU = {"gelu": "none", "gelu_tanh": "tanh", "quick_gelu": "quick"}
-KINDS = dict(silu="silu", gelu="gelu", gelu_tanh="gelu_tanh", quick_gelu="gelu_quick")  # kernels'
 
 # ---- norms ----
 
@@ -112,7 +110,7 @@ def activate(
 ) -> Tensor | Quantized:
     """[..., F]: act(gate) · up, or act(gate), in the dtype of gate, or in e4m3 if ``dtype`` is."""
     if dtype == E4M3:
-        return quantized_activation(KINDS[name], gate, up)
+        return quantized_activation(name, gate, up)
     if up is None:
         return _act(name, gate, into)
     if name in GATED:
@@ -144,10 +142,10 @@ def activate_backward(
 def _act(name: str, x: Tensor, into: Tensor | None) -> Tensor:
     if name == "silu":
         return F.silu(x)
-    return gelu(x, _GELU[name], out=into)
+    return gelu(x, APPROXIMATE[name], out=into)
 
 
 def _act_backward(name: str, dy: Tensor, x: Tensor, into: Tensor | None) -> Tensor:
     if name == "silu":
         return torch.ops.aten.silu_backward(dy, x)
-    return gelu_backward(dy, x, _GELU[name], out=into)
+    return gelu_backward(dy, x, APPROXIMATE[name], out=into)

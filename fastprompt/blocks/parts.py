@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 RMS, RMS_PLUS_ONE, LAYER = "rms", "rms, 1 + weight", "layer"  # kinds of norms
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu")
 
 
 @dataclass(eq=False)
@@ -46,7 +45,7 @@ class Parts:
         attention: the module that transformers hands to its attention functions.
         q_proj … down: linear layers, dense or 4-bit; ``up`` None: a plain MLP, ``gate`` its first
             layer.
-        activation: of `ACTIVATIONS`.
+        activation: of `ops.quantize_rows.ACTIVATIONS`.
         head_dim, scale: channels of a head; what multiplies q·k.
         q_norm, k_norm: norms over the channels of each head, before rotation.
         scale1, scale2: LayerScale's vectors.

@@ -14,7 +14,7 @@ _ACTIVATIONS = {
     "GELUActivation": "gelu",
     "GELUTanh": "gelu_tanh",
     "NewGELUActivation": "gelu_tanh",
-    "QuickGELUActivation": "quick_gelu",
+    "QuickGELUActivation": "gelu_quick",
 }
 
 

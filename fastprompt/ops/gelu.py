@@ -25,8 +25,9 @@ from fastprompt.ops.checks import (
 )
 from fastprompt.ops.layout import placed
 
-# as torch names them -> as `activations_triton` does
+# as torch names them -> as kernels and blocks do, and back: no other spelling anywhere
 KINDS = {"none": "gelu", "tanh": "gelu_tanh", "quick": "gelu_quick"}
+APPROXIMATE = {kind: approximate for approximate, kind in KINDS.items()}
 
 # ---- without autograd: what a hand-written backward calls ----
 

@@ -20,14 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt.ops.checks import by_triton, check_backend, check_floats, check_shape
-from fastprompt.ops.gelu import KINDS as GELU
+from fastprompt.ops.gelu import APPROXIMATE
 from fastprompt.ops.gelu import backward as gelu_backward
 from fastprompt.ops.gelu import forward as gelu
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LEAST = 1e-30  # what a row's largest number counts as at least: the scale of zeros is not zero
-_APPROXIMATE = {kind: approximate for approximate, kind in GELU.items()}
-ACTIVATIONS = ("silu", *_APPROXIMATE)
+ACTIVATIONS = ("silu", *APPROXIMATE)
 
 
 class Quantized(NamedTuple):
@@ -113,13 +112,13 @@ def activation_backward(
 
 
 def _act(kind: str, x: Tensor) -> Tensor:
-    return F.silu(x) if kind == "silu" else gelu(x, _APPROXIMATE[kind], backend="plain")
+    return F.silu(x) if kind == "silu" else gelu(x, APPROXIMATE[kind], backend="plain")
 
 
 def _act_backward(kind: str, dy: Tensor, x: Tensor) -> Tensor:
     if kind == "silu":
         return torch.ops.aten.silu_backward(dy, x)
-    return gelu_backward(dy, x, _APPROXIMATE[kind], backend="plain")
+    return gelu_backward(dy, x, APPROXIMATE[kind], backend="plain")
 
 
 # ---- public ----
