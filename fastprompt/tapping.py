@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -68,10 +68,15 @@ class TapImages(HostMethod):
     layer: int | list[int]
     shown: str = "drop"
     name: ClassVar[str] = "get_image_features"
+    place: int = field(init=False)  # of the layer among positional arguments
+
+    def __post_init__(self) -> None:
+        self.place = list(self.__signature__.parameters).index("vision_feature_layer")
 
     def __call__(self, *args, **kwargs) -> Any:
         # a caller (or a config changed since) that taps another layer needs the unread blocks
-        asked = args[1] if len(args) > 1 else kwargs.get("vision_feature_layer")
+        named = kwargs.get("vision_feature_layer")
+        asked = args[self.place] if len(args) > self.place else named
         asked = self.host.config.vision_feature_layer if asked is None else asked
         if asked == self.layer:
             kwargs[IMAGE] = True
