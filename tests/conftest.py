@@ -24,6 +24,7 @@ NEEDS = {
     "test_prompt_attention_fuzz.py": "hypothesis",
     "test_demo_parts.py": "PIL",
     "test_eval_benchmarks.py": "PIL",
+    "test_eval_images.py": "PIL",
     "test_eval_models.py": "PIL",
     "test_eval_run.py": "matplotlib",
     "test_instruction_demo.py": "matplotlib",
