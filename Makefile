@@ -21,7 +21,7 @@ bench: $(READY)
 	$(RUN) -m benchmarks $(ARGS)
 
 # in place: the sources in this folder are what runs, csrc/ is built beside them
-$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+$(READY): pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
 	$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
 	touch $@

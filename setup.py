@@ -2,11 +2,14 @@
 
 Everything else is in pyproject.toml. No torch is needed: the sources see raw pointers alone.
 Without a working C++ compiler the package still installs, and its torch path serves the CPU.
-FASTPROMPT_NATIVE=0 skips the native part, CXX and CUDA_HOME choose the compilers.
+Where there is nvcc, csrc/cuda/ becomes cubins inside of the module, which the CUDA driver loads: no
+CUDA library is linked. FASTPROMPT_NATIVE=0 skips the native part, FASTPROMPT_CUDA=0 its cubins (at
+run time the same names leave what was built unused); CXX and CUDA_HOME choose the compilers.
 """
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+CUDA_SOURCE = CSRC / "cuda" / "nf4_linear.cu"
 # Contraction would turn a multiply and an add into one rounding where bitsandbytes has two.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
 # Flags of single files. Never -march=native: the variant is chosen at run time, on the user's CPU.
@@ -36,7 +40,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     for name in FLOAT_FILES:
         FILE_FLAGS[f"{name}_avx2.cpp"] = f"-mavx2 -mfma {FUSED}"
         FILE_FLAGS[f"{name}_avx512.cpp"] = f"-mavx512f -mavx512bw -mfma {FUSED} {QUIET}"
-CUDA_ARCHS = (80, 86, 89, 90)
+CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
+CUDA_MAJOR = 13  # of nvcc: the one that the kernels are compiled with here
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fatbin", "--compress-mode=size"]
 
 
 def find_compiler() -> tuple[list[str] | None, str]:
@@ -78,23 +84,49 @@ def find_ninja() -> str:
         )
 
 
-def find_nvcc() -> str | None:
+def find_nvcc() -> tuple[str | None, str]:
+    """nvcc, or None; and why there is none."""
+    if os.environ.get("FASTPROMPT_CUDA") == "0":
+        return None, "FASTPROMPT_CUDA=0"
     home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+    nvcc = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+    if nvcc is None:
+        return None, f"no nvcc in {home}/bin, CUDA_HOME" if home else "no nvcc on PATH"
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    version = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    if version is None or int(version[1]) != CUDA_MAJOR:
+        got = f"release {version[1]}.{version[2]}" if version else "no version"
+        return None, f"{nvcc}: want release {CUDA_MAJOR}, got {got}"
+    # One without CUDA's headers, or that refuses this host's compiler, is as good as none.
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder, "probe.cu")
+        probe.write_text("#include <cuda_bf16.h>\n")
+        check = [
+            nvcc,
+            *NVCC_FLAGS,
+            f"-arch=sm_{CUDA_ARCHS[-1]}",
+            str(probe),
+            "-o",
+            f"{probe}.fatbin",
+        ]
+        done = subprocess.run(check, capture_output=True, text=True)
+    if done.returncode:
+        return None, f"{nvcc} does not work here:\n{(done.stdout + done.stderr).strip()}"
+    return nvcc, ""
 
 
 def escape(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_file(compiler: list[str], objects: Path, target: Path) -> str:
+def ninja_file(compiler: list[str], nvcc: str | None, objects: Path, target: Path) -> str:
     """What build.ninja says: one object a source, each with its dependencies, and one link."""
     import pybind11
 
     folders = [CSRC, pybind11.get_include(), sysconfig.get_path("include")]
     includes = shlex.join(f"-I{folder}" for folder in folders)
     mac = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    link = [*compiler, "-shared", *mac, "$in", "-o", "$out", "-pthread"]
+    link = [*compiler, "-shared", *mac, "$in", "-o", "$out", "-pthread", "-ldl"]
     lines = [
         "rule cxx",
         f"  command = {shlex.join([*compiler, *CXX_FLAGS])} {includes} $flags "
@@ -103,27 +135,27 @@ def ninja_file(compiler: list[str], objects: Path, target: Path) -> str:
         "  deps = gcc",
         "  description = c++ $in",
     ]
-    sources = sorted(CSRC.glob("*.cpp"))
-    nvcc, cuda_sources = find_nvcc(), sorted(CSRC.glob("*.cu"))
-    if nvcc and cuda_sources:
-        sources += cuda_sources
+    fatbin = objects / "cuda.fatbin"
+    if nvcc:
         archs = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS)
         lines += [
             "rule cuda",
-            f"  command = {shlex.quote(nvcc)} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden "
-            f"{archs} {includes} -MMD -MF $out.d -c $in -o $out",
+            f"  command = {shlex.join([nvcc, *NVCC_FLAGS])} {archs} -MMD -MF $out.d $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = nvcc $in",
+            f"build {escape(fatbin)}: cuda {escape(CUDA_SOURCE)}",
         ]
-        libraries = Path(nvcc).resolve().parent.parent / "lib64"
-        link += [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt"]
     outputs, file_flags = [], FILE_FLAGS | {"product_amx.cpp": amx_flags(compiler)}
-    for source in sources:
-        rule = "cuda" if source.suffix == ".cu" else "cxx"
+    for source in sorted(CSRC.glob("*.cpp")):
         outputs.append(escape(objects / (source.name + ".o")))
-        lines.append(f"build {outputs[-1]}: {rule} {escape(source)}")
-        lines.append(f"  flags = {file_flags.get(source.name, '')}")
+        flags, also = file_flags.get(source.name, ""), ""
+        if nvcc and source.name == "cuda_driver.cpp":  # the cubins are part of it
+            archs = " ".join(map(str, CUDA_ARCHS))
+            defined = [f'-DFASTPROMPT_FATBIN="{fatbin}"', f'-DFASTPROMPT_ARCHS="{archs}"']
+            flags, also = shlex.join(defined).replace("$", "$$"), f" | {escape(fatbin)}"
+        lines.append(f"build {outputs[-1]}: cxx {escape(source)}{also}")
+        lines.append(f"  flags = {flags}")
     # "$in" must reach ninja unquoted
     command = " ".join(part if part.startswith("$") else shlex.quote(part) for part in link)
     lines += ["rule link", f"  command = {command}", "  description = link $out"]
@@ -133,8 +165,10 @@ def ninja_file(compiler: list[str], objects: Path, target: Path) -> str:
 
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         compiler, why = find_compiler()
         if compiler is None:
+            target.unlink(missing_ok=True)  # an earlier build's, which a wheel would take along
             print(
                 f"\nfastprompt: installing WITHOUT its native part ({why}).\n"
                 "fastprompt: everything works; on the CPU torch decodes 4-bit weights, several "
@@ -142,15 +176,25 @@ class NinjaBuild(build_ext):
                 file=sys.stderr,
             )
             return
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        nvcc, why = find_nvcc()
+        if nvcc is None:
+            print(
+                f"\nfastprompt: building without CUDA kernels ({why}).\n"
+                "fastprompt: everything works; on GPUs Triton decodes 4-bit weights for torch's "
+                "products, slower for few tokens.\n",
+                file=sys.stderr,
+            )
         objects = Path(self.build_temp).resolve()
         for folder in (objects, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        (objects / "build.ninja").write_text(ninja_file(compiler, objects, target))
+        (objects / "build.ninja").write_text(ninja_file(compiler, nvcc, objects, target))
         # The compiler works, so a failure from here on is a bug of ours and must be seen.
         done = subprocess.run([find_ninja(), "-C", str(objects)])
         if done.returncode:
-            sys.exit("fastprompt: csrc/ did not build (FASTPROMPT_NATIVE=0 installs without it)")
+            sys.exit(
+                "fastprompt: csrc/ did not build (FASTPROMPT_NATIVE=0 installs without it, "
+                "FASTPROMPT_CUDA=0 without its CUDA kernels)"
+            )
 
 
 def listed(*patterns: str) -> list[str]:
@@ -160,8 +204,8 @@ def listed(*patterns: str) -> list[str]:
 
 native = Extension(
     "fastprompt._native",
-    sources=listed("*.cpp", "*.cu"),
-    depends=listed("*.h", "*.cuh"),  # so that a source distribution has them
+    sources=listed("*.cpp"),
+    depends=listed("*.h", "cuda/*"),  # so that a source distribution has them
     optional=True,  # setuptools then accepts that it was not built
 )
 

@@ -111,6 +111,15 @@ class Card:
         return sum(depth * layer_bytes(layer) for depth, layer, _ in self._layers.values())
 
     @cached_property
+    def split(self) -> int:
+        """Bytes of the 4-bit weights alone, without scales, of the layers that are read: what
+        `fastprompt train --shard` splits."""
+        found = (
+            (depth - (kind == "vision"), layer) for kind, (depth, layer, _) in self._layers.items()
+        )
+        return sum(n * sum(p.numel() // 2 for p in m.parameters() if p.ndim > 1) for n, m in found)
+
+    @cached_property
     def projector(self) -> int:
         return sum(p.numel() for p in self._model.model.multi_modal_projector.parameters())
 

@@ -10,6 +10,7 @@ of the rest are taken off the cap, and the row says so.
 """
 
 import argparse
+import contextlib
 import gc
 import multiprocessing
 import sys
@@ -161,7 +162,7 @@ class _Steps:
             self.context = training.checkpointing(self.model, ALL)
             self.trained = training.literal(case, self.model)
         elif way == OURS:
-            self.context = training.contextlib.nullcontext
+            self.context = contextlib.nullcontext
             self.trained = training.patched(case, self.model, HOST)
 
     def fits(self, batch: int, fraction: float) -> bool:

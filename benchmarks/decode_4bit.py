@@ -5,17 +5,16 @@ then cost more than what is measured.
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from benchmarks.registry import Benchmark, NotMeasured, Provider, Step, Verdict
+from benchmarks.weights import bitsandbytes, nf4
 from fastprompt import native
 from fastprompt.ops.packed import unpack
 
 PLAIN, NESTED = "plain absmax", "nested absmax"
-DTYPES = dict(cpu=("bf16", "fp32", "fp16"))
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Weight:
         return f"W {self.rows}x{self.columns}"
 
 
-def _decode_shapes(device: str, quick: bool) -> dict[str, Weight]:
+def _shapes(device: str, quick: bool) -> dict[str, Weight]:
     if device != "cpu":
         return {}
     small = {"SmolLM2-135M up": Weight(1536, 576)}
@@ -39,32 +38,23 @@ class Case:
     """A quantised weight, plain and nested, and what bitsandbytes decodes it to."""
 
     def __init__(self, shape: Weight, dtype: torch.dtype, device: str):
-        if find_spec("bitsandbytes") is None:
-            raise NotMeasured("bitsandbytes, which makes the weights, is not installed")
-        import bitsandbytes.functional as bnbf  # not at the top: GPU machines do without it
-
         self.shape, self.dtype = shape, dtype
         dense = torch.randn(shape.rows, shape.columns, dtype=dtype)
         self.weights, self.dense = {}, {}
         for mode in (PLAIN, NESTED):
-            nested = mode == NESTED
-            weight = bnbf.quantize_4bit(dense, quant_type="nf4", compress_statistics=nested)
-            self.weights[mode], self.dense[mode] = weight, bnbf.dequantize_4bit(*weight)
+            weight = self.weights[mode] = nf4(dense, nested=mode == NESTED)
+            self.dense[mode] = bitsandbytes().dequantize_4bit(*weight)
 
 
-# ---- decoding: bit for bit what bitsandbytes gives ----
-
-
-def _judge_decoded(case: Case, mode: str, results: dict[str, Tensor]) -> Verdict:
+def judge(case: Case, mode: str, results: dict[str, Tensor]) -> Verdict:
+    """Bit for bit what bitsandbytes gives."""
     exact = torch.equal(results["w"], case.dense[mode])
     return Verdict("w", 0.0 if exact else float("inf"))
 
 
 def _bitsandbytes(case, mode):
-    import bitsandbytes.functional as bnbf
-
-    weight = case.weights[mode]
-    return Step(lambda: (bnbf.dequantize_4bit(*weight),), lambda given: dict(w=given[0]))
+    weight, decode = case.weights[mode], bitsandbytes().dequantize_4bit
+    return Step(lambda: (decode(*weight),), lambda given: dict(w=given[0]))
 
 
 def _decode(variant=None, fresh=False):
@@ -92,11 +82,11 @@ BENCHMARK = Benchmark(
     name="decode_4bit",
     about="NF4 weights to dense ones on the CPU",
     modes=(PLAIN, NESTED),
-    dtypes=DTYPES,
+    dtypes=dict(cpu=("bf16", "fp32", "fp16")),
     baseline="bitsandbytes",
-    shapes=_decode_shapes,
+    shapes=_shapes,
     case=Case,
-    judge=_judge_decoded,
+    judge=judge,
     providers={
         "bitsandbytes": Provider(_bitsandbytes, "bitsandbytes.functional.dequantize_4bit"),
         "fastprompt": Provider(_decode(), "fastprompt.native, into the shared buffer", ours=True),

@@ -6,14 +6,14 @@ On the CPU set OMP_WAIT_POLICY=passive on a machine that other processes use too
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import check
-from benchmarks.registry import Benchmark, NotMeasured, Provider, Step, Verdict
+from benchmarks.registry import Benchmark, Provider, Step, Verdict
+from benchmarks.weights import bitsandbytes, nf4
 from fastprompt import ops
 from fastprompt.ops.nf4_linear import decoded
 from fastprompt.ops.packed import unpack
@@ -36,19 +36,15 @@ def _shapes(device: str, quick: bool) -> dict[str, Product]:
     if quick:
         return {f"SmolLM2-135M up M{m}": Product(m, 1536, 576) for m in (1, 64)}
     rows, name = (11008, "up") if device == "cuda" else (4096, "q")
-    return {f"Llama-7B {name} M{m}": Product(m, rows, 4096) for m in TOKENS}
+    tokens = (*TOKENS, 16, 64, 256, 1024) if device == "cuda" else TOKENS
+    return {f"Llama-7B {name} M{m}": Product(m, rows, 4096) for m in sorted(tokens)}
 
 
 class Case:
     def __init__(self, shape: Product, dtype: torch.dtype, device: str):
-        if find_spec("bitsandbytes") is None:
-            raise NotMeasured("bitsandbytes, which makes the weights, is not installed")
-        import bitsandbytes.functional as bnbf  # not at the top: GPU machines do without it
-
         like = dict(dtype=dtype, device=device)
-        dense = torch.randn(shape.rows, shape.columns, **like)
-        self.weight = bnbf.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
-        self.dense = bnbf.dequantize_4bit(*self.weight)
+        self.weight = nf4(torch.randn(shape.rows, shape.columns, **like))
+        self.dense = bitsandbytes().dequantize_4bit(*self.weight)
         self.x = torch.randn(shape.tokens, shape.columns, **like)
         self.dy = torch.randn(shape.tokens, shape.rows, **like)
 

@@ -8,7 +8,8 @@
 
 namespace fastprompt {
 
-// A tensor of rows: element c of row n of head h of sample b is data[b * sample + h * head + n * row + c].
+// A tensor of rows: element c of row n of head h of sample b is at
+// data[b * sample + h * head + n * row + c].
 struct Rows {
   void* data;
   int64_t sample, head, row;

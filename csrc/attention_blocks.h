@@ -258,7 +258,7 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
       Lanes sum = {};
       for (int64_t c = 0; c < width_; c += kLanes)
         sum += load(dout.data + i * dout.row + c) * load(out.data + i * out.row + c);
-      for (int l = 0; l < kLanes; ++l) delta[i] += sum[l];
+      delta[i] = total(sum);
     }
 
     float* p = scratch_.take(keys * across);
@@ -310,7 +310,7 @@ class Unit {  // the work of one thread on some pairs of a sample and a key head
 };
 
 inline void attend(const Attention& a, bool backward, int64_t part, int64_t first, int64_t last) {
-  if (a.N == 1 && !backward) {
+  if (a.N == 1 && !backward && !a.mask.data) {
     if (a.dtype == Dtype::f32) return Single<ToF32>(a).run(first, last);
     return Single<ToBf16>(a).run(first, last);
   }

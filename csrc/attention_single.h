@@ -1,6 +1,6 @@
 // Attention of a single query a head against many keys (decoding), which reading the keys bounds:
 // they are read once, where they lie, for all query heads that share them. These heads are the lanes
-// of a vector, as queries are in attention_blocks.h.
+// of a vector, as queries are in attention_blocks.h, which takes what a mask goes with.
 #pragma once
 
 #include <cmath>

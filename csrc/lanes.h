@@ -34,6 +34,17 @@ inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t whole(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
+// Of all lanes, one half added to the other again and again.
+inline float total(Lanes x) {
+  float a[kLanes];
+  store(a, x);
+#pragma GCC unroll 4
+  for (int n = kLanes / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) a[i] += a[i + n];
+  return a[0];
+}
+
 // e^x to about one unit in the last place, 0 below the least normal float, NaN of NaN: x = n ln 2 +
 // r, and a polynomial in r (the coefficients are those of Cephes' expf).
 inline Lanes exponential(Lanes given) {

@@ -15,6 +15,7 @@
 #endif
 
 #include "attention.h"
+#include "cuda_driver.h"
 #include "decode.h"
 #include "parallel.h"
 #include "product.h"
@@ -205,8 +206,9 @@ Rows rows_at(const Address& a) { return {reinterpret_cast<void*>(a[0]), a[1], a[
 // The forward writes out and lse, the backward reads them and dout.
 void attention(const std::array<Address, 7>& inputs, const std::array<Address, 3>& gradients,
                const std::array<uintptr_t, 5>& addresses, const MaskAddress& mask,
-               const std::array<int64_t, 9>& sizes, int64_t window, float scale, float softcap, int dtype, bool causal, bool backward,
-               bool tokens, int parts, int threads, size_t variant) {
+               const std::array<int64_t, 9>& sizes, int64_t window, float scale, float softcap,
+               int dtype, bool causal, bool backward, bool tokens, int parts, int threads,
+               size_t variant) {
   struct Task {
     Attention attention;
     Attend attend;
@@ -240,8 +242,8 @@ void attention(const std::array<Address, 7>& inputs, const std::array<Address, 3
   if (out_of_memory) throw std::bad_alloc();  // Python's MemoryError
 }
 
-// Shares of the keys: one a thread, since each looks for a best k of its own; several a thread where
-// a core's being late would cost more than that; none of fewer keys than are scored at once.
+// Shares of the keys: one a thread, since each looks for a best k of its own; several a thread
+// where a core's being late would cost more than that; none of fewer keys than are scored at once.
 int64_t shares(int64_t keys, int64_t threads) {
   const int64_t tiles = (keys + Selection::kKeys - 1) / Selection::kKeys;
   const int64_t wanted = threads == 1 || tiles < 128 * threads ? threads : 4 * threads;
@@ -277,7 +279,8 @@ void select(const std::array<int64_t, 7>& addresses, const std::array<int64_t, 4
 
   // all memory is taken here, where a lack of it becomes Python's MemoryError
   const int64_t row = s.L * s.E;
-  const std::unique_ptr<char[]> candidates(new char[s.B * s.parts * s.capacity * Selection::kCandidateBytes]);
+  const int64_t held = s.B * s.parts * s.capacity;
+  const std::unique_ptr<char[]> candidates(new char[held * Selection::kCandidateBytes]);
   const std::unique_ptr<float[]> scratch(new float[s.parts * s.scratch_floats()]);
   const bool copies = s.query_is != Number::f32;
   const std::unique_ptr<float[]> queries(new float[s.D * s.columns * (copies ? 2 : 1)]);
@@ -324,7 +327,7 @@ void bind_elementwise(pybind11::module_&);  // elementwise_module.cpp
 
 PYBIND11_MODULE(_native, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled part of fastprompt; use it through fastprompt.native.";
-  m.attr("ABI") = 7;  // raised with every change of what native.py calls
+  m.attr("ABI") = 9;  // raised with every change of what native.py calls
   m.def("variants", [] { return fastprompt::names(fastprompt::variants()); },
         "Instruction sets that this machine runs, best first.");
   m.def("multipliers", [] { return fastprompt::names(fastprompt::multipliers()); },
@@ -334,4 +337,5 @@ PYBIND11_MODULE(_native, m, pybind11::mod_gil_not_used()) {
   m.def("attention", &fastprompt::attention, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("select", &fastprompt::select, pybind11::call_guard<pybind11::gil_scoped_release>());
   fastprompt::bind_elementwise(m);
+  fastprompt::define_cuda(m);
 }

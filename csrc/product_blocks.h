@@ -52,16 +52,6 @@ inline void lane_scales(const Product& p, int64_t row, int64_t first, int64_t la
   while (out < stop) *out++ = 0;
 }
 
-inline float sum(Lanes x) {
-  float a[kLanes];
-  store(a, x);
-#pragma GCC unroll 4
-  for (int n = kLanes / 2; n > 0; n /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) a[i] += a[i + n];
-  return a[0];
-}
-
 // ---- forward: factors of a tile are [group][nibble][token][lane] ----
 
 template <int Tokens>
@@ -105,7 +95,7 @@ void multiply_rows(const Product& p, int64_t token, int64_t first, int64_t last)
   const auto out = static_cast<typename To::T*>(p.out);
   for (int64_t t = 0; t < least(Tokens, p.tokens - token); ++t)
     for (int64_t row = first; row < last; ++row) {
-      const float y = sum(sums[(row - first) * Tokens + t]);
+      const float y = total(sums[(row - first) * Tokens + t]);
       out[(token + t) * p.rows + row] = To::convert(bias ? y + To::widen(bias[row]) : y);
     }
 }

@@ -54,12 +54,6 @@ inline Lanes rounded<float>(Lanes x) { return x; }
 template <>
 inline Lanes rounded<bf16>(Lanes x) { return reinterpret_cast<Lanes>(rounded_bits(x) << 16); }
 
-inline float total(Lanes x) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += x[i];
-  return sum;
-}
-
 // How a vector is read and written: whole, or the first few of it, the rest 0.
 struct Whole {
   template <class T>

@@ -59,10 +59,9 @@ inline float squared_length(const float* x, int64_t n) {
   Lanes sum = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) sum += load(x + i) * load(x + i);
-  float total = 0;
-  for (int j = 0; j < kLanes; ++j) total += sum[j];
-  for (; i < n; ++i) total += x[i] * x[i];
-  return total;
+  float square = total(sum);
+  for (; i < n; ++i) square += x[i] * x[i];
+  return square;
 }
 
 // What a product with the unit query is multiplied by: 0 for a zero key, NaN for a bad one.
@@ -184,13 +183,15 @@ inline float look_through(Best best, const float* score, int64_t width, int64_t 
   return bar;
 }
 
-inline void score_some(const Selection& s, int64_t part, int64_t first, int64_t rows, const Scratch& scratch) {
+inline void score_some(const Selection& s, int64_t part, int64_t first, int64_t rows,
+                       const Scratch& scratch) {
   const float* keys = static_cast<const float*>(s.keys) + first * s.key_row;
   int64_t key_row = s.key_row;
   if (s.keys_are != Number::f32) {
     for (int64_t r = 0; r < rows; ++r) {
       float* to = scratch.keys + r * s.D;
-      each(s.keys_are, s.keys, (first + r) * s.key_row, s.D, [to](int64_t i, float x) { to[i] = x; });
+      const int64_t from = (first + r) * s.key_row;
+      each(s.keys_are, s.keys, from, s.D, [to](int64_t i, float x) { to[i] = x; });
     }
     keys = scratch.keys, key_row = s.D;
   }
@@ -321,9 +322,9 @@ inline void pick_some(const Selection& s, double* sum, int64_t first, int64_t la
       const int64_t c = all[i].index;
       s.indices[b * s.k + i] = c;
       s.scores[b * s.k + i] = all[i].score == kLowest ? kMinusInfinity : all[i].score;
-      for (int64_t l = 0; l < s.L; ++l, to += s.E * bytes)
-        memcpy(to, static_cast<const char*>(s.prompts) + (c * s.prompt_entry + l * s.prompt_row) * bytes,
-               s.E * bytes);
+      const char* from = static_cast<const char*>(s.prompts) + c * s.prompt_entry * bytes;
+      for (int64_t l = 0; l < s.L; ++l, from += s.prompt_row * bytes, to += s.E * bytes)
+        memcpy(to, from, s.E * bytes);
       if (s.rest && !wide) add_prompts(s, c, sum, -1);
     }
     if (!s.rest) continue;

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprompt import native, ops
-from fastprompt.ops import reference
+from fastprompt import native, native_cuda, ops
+from fastprompt.ops import nf4_linear_cuda, reference
 from fastprompt.ops.fp8_linear import fp8_linear, fp8_linear_backward, row_scales
 from fastprompt.ops.packed import unpack
 from fastprompt.ops.prompt_attention import chosen_backend
@@ -33,7 +33,8 @@ def command(arguments: list[str]) -> int:
 
 
 def report() -> str:
-    """What is active here: versions, devices, backends, the compiled part. Nothing is run."""
+    """What is active here: versions, devices, backends, the compiled part. Nothing is run
+    but a small product of each CUDA kernel."""
     from fastprompt import __version__
 
     versions = ", ".join(f"{name} {_version(name) or 'missing'}" for name in PACKAGES)
@@ -51,8 +52,21 @@ def report() -> str:
         why = "this torch is built without CUDA" if built is None else "no card or driver is found"
         lines.append(f"cuda: none ({why})")
     active = native.isa() if native.available() else f"missing, {native.why_missing()}"
-    lines.append(f"compiled part (attention, selection, 4-bit weights on the CPU): {active}")
+    serves = "on the CPU: attention, selection, 4-bit weights, norms, activations, rotation"
+    lines.append(f"compiled part ({serves}): {active}")
+    lines.append(f"CUDA kernels (4-bit products of few tokens): {_cuda_kernels()}")
     return "\n".join(lines)
+
+
+def _cuda_kernels() -> str:
+    built = native_cuda.archs()
+    if not built:
+        return "none, the compiled part is missing or was built without them"
+    lines = [f"for sm_{', sm_'.join(map(str, built))}"]
+    for index in range(torch.cuda.device_count()):
+        why = nf4_linear_cuda.why_not(torch.device("cuda", index))
+        lines.append(f"cuda:{index} " + (f"not used, {why}" if why else "active"))
+    return "; ".join(lines)
 
 
 def examine() -> tuple[str, bool]:

@@ -1,6 +1,7 @@
-"""Our product behind bitsandbytes' Linear4bit, one instance at a time, for inputs on the CPU.
+"""Our product behind bitsandbytes' Linear4bit, one instance at a time: for inputs on the CPU, and
+for few tokens on a GPU where csrc/cuda serves it.
 
-bitsandbytes is slow there and, on CPUs with AVX512-BF16, wrong: its first forward in eval mode
+bitsandbytes is slow on the CPU and, on CPUs with AVX512-BF16, wrong: its first forward in eval mode
 without gradients repacks the weight for a kernel of its own, after which gradients are silently
 wrong and the scales have lost precision for good.
 """
@@ -12,8 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprompt.ops import nf4_linear_cuda
 from fastprompt.ops.nf4_linear import nf4_linear
-from fastprompt.ops.packed import unpack
+from fastprompt.ops.packed import Packed, unpack
+
+# Tokens on a GPU that leave bitsandbytes. One does not: bitsandbytes took 28 us where a first draft
+# of our kernel took 30 (DESIGN.md, section 7: H100; 16 tokens: 72 and 33). Between: not measured.
+FEW = range(2, nf4_linear_cuda.FORWARD[-1].most + 1)
 
 
 class Product:
@@ -28,9 +34,10 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         module = self.module
-        if x.device.type != "cpu":
+        found = opened(module, x) if x.device.type == "cpu" else _few(module, x)
+        if found is None:
             return type(module).forward(module, x)
-        weight, dtype = opened(module, x)
+        weight, dtype = found
         bias, inside = module.bias, x.to(dtype)
         if bias is None or not bias.requires_grad:
             y = nf4_linear(inside, weight, bias)
@@ -53,6 +60,23 @@ class Product:
         module.compute_dtype, module.compute_type_is_set = self.compute
 
 
+def _few(module: nn.Module, x: Tensor) -> tuple[Packed, torch.dtype] | None:
+    """What `nf4_linear` takes where csrc/cuda multiplies; None where bitsandbytes does, as ever."""
+    if torch.compiler.is_compiling():
+        return None
+    tokens, kind = x.shape[:-1].numel(), x.device.type
+    if tokens not in FEW or nf4_linear_cuda.why_not(x.device):  # sooner known than by opening
+        return None
+    weight, dtype = opened(module, x)
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
+        return None  # which of the two it is in, bitsandbytes decides by the number of tokens
+    try:
+        weight = unpack(weight)
+    except ValueError:  # bitsandbytes takes it, or says what is wrong
+        return None
+    return (weight, dtype) if nf4_linear_cuda.serves_forward(tokens, dtype, weight) else None
+
+
 def opened(module: nn.Module, x: Tensor) -> tuple[tuple[Tensor, Any], torch.dtype]:
     """What `ops.nf4_linear` takes of a Linear4bit: (packed weight, its state), and the dtype that
     bitsandbytes computes in where autocast says no other."""
@@ -69,9 +93,9 @@ def state_of(module: nn.Module) -> Any:
 
 
 def adopt(model: nn.Module) -> dict[str, nn.Module]:
-    """Put our product behind every Linear4bit of `model`, for inputs on the CPU.
+    """Put our product behind every Linear4bit of `model`, for inputs on the CPU and few on a GPU.
 
-    The modules, weights, hooks and state dict stay as they are, and inputs on other devices go to
+    The modules, weights, hooks and state dict stay as they are, and other inputs go to
     bitsandbytes. A module whose forward someone else has replaced is left alone.
 
     Returns:

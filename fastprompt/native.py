@@ -1,35 +1,67 @@
-"""What touches the compiled part (csrc/): 4-bit weights, attention, selection. Norms, activations
-and rotation are in `native_elementwise`; nothing else does.
+"""What touches the compiled part (csrc/): 4-bit weights and attention. Selection is in
+`native_select`, norms, activations and rotation in `native_elementwise`, CUDA kernels in
+`native_cuda`; nothing else does.
 
-The package works without it: `available()` says whether it is there, `why_missing()` why not.
+The package works without it: `available()` says whether it is there, `why_missing()` why not. In
+the environment FASTPROMPT_NATIVE=0 leaves it out, and FASTPROMPT_ISA names the best instruction set
+that may be used: "portable" runs everywhere.
 """
 
 import functools
 import importlib
+import os
+import sys
 import warnings
-from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-ABI = 7  # csrc/module.cpp has the same; a module left from another version is not called
+ABI = 9  # csrc/module.cpp has the same; a module left from another version is not called
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/decode.h: Dtype
+OFF = "FASTPROMPT_NATIVE=0"  # in the environment
+_SECTIONS = (40, 48), (58, 60), (60, 62)  # where ELF has their offset, size and number
 MASKS = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 2}  # csrc/attention.h: Mask::Kind
 
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
+    if os.environ.get("FASTPROMPT_NATIVE") == "0":
+        return None, OFF
     try:
+        _check_file()
         module = importlib.import_module("fastprompt._native")
         why = None if module.ABI == ABI else f"built from another version: {module.__file__}"
-    except (ImportError, AttributeError) as error:  # not built, or for another Python or platform
+    # not built, not readable, or for another Python or platform
+    except (ImportError, AttributeError, OSError) as error:
         why = str(error)
     if why is None:
         return module, None
     why = f"fastprompt's native part is not usable ({why})"
     warnings.warn(f"{why}; torch serves the CPU, more slowly", stacklevel=3)
     return None, why
+
+
+def _check_file() -> None:
+    """ImportError for a file that was not written to its end, which would end the process."""
+    spec = None if "fastprompt._native" in sys.modules else find_spec("fastprompt._native")
+    if spec is None:
+        return
+    with open(spec.origin, "rb") as file:
+        head = file.read(64)
+    if head[:6] != b"\x7fELF\x02\x01":  # 64 bits, the lowest byte first
+        return
+    # the table of sections comes last
+    table, each, count = (int.from_bytes(head[i:j], "little") for i, j in _SECTIONS)
+    if Path(spec.origin).stat().st_size < table + each * count:
+        raise ImportError(f"cut short: {spec.origin}")
+
+
+def compiled() -> tuple[ModuleType | None, str | None]:
+    """The compiled part, or None and why it is not there."""
+    return _load()
 
 
 def available() -> bool:
@@ -43,17 +75,27 @@ def why_missing() -> str | None:
 
 
 @functools.cache
+def _numbers(kind: str) -> dict[str, int]:
+    """What FASTPROMPT_ISA leaves of the module's "variants" or "multipliers", and their numbers."""
+    module = _load()[0]
+    if module is None:
+        return {}
+    names = getattr(module, kind)()
+    asked = os.environ.get("FASTPROMPT_ISA") or names[0]
+    if asked not in names:
+        raise ValueError(f"FASTPROMPT_ISA: want one of {module.variants()} here, got {asked!r}")
+    first = names.index(asked)
+    return {name: number for number, name in enumerate(names) if number >= first}
+
+
 def variants() -> tuple[str, ...]:
     """Instruction sets that this machine runs, the best first; empty without the native part."""
-    module = _load()[0]
-    return tuple(module.variants()) if module else ()
+    return tuple(_numbers("variants"))
 
 
-@functools.cache
 def multipliers() -> tuple[str, ...]:
     """What `product_4bit` runs on here, the best first: "amx" (bfloat16 alone) and `variants()`."""
-    module = _load()[0]
-    return tuple(module.multipliers()) if module else ()
+    return tuple(_numbers("multipliers"))
 
 
 def isa() -> str:
@@ -99,17 +141,16 @@ def _weight(
     )
 
 
-def _module(
-    variant: str | None, of: Callable[[], tuple[str, ...]] = variants
-) -> tuple[ModuleType, int]:
+def _module(variant: str | None, kind: str = "variants") -> tuple[ModuleType, int]:
     module, why = _load()
     if module is None:
         raise RuntimeError(why)
+    numbers = _numbers(kind)
     if variant is None:
-        return module, 0
-    if variant not in of():
-        raise ValueError(f"variant: want one of {of()}, got {variant!r}")
-    return module, of().index(variant)
+        variant = next(iter(numbers))
+    elif variant not in numbers:
+        raise ValueError(f"{kind[:-1]}: want one of {(*numbers,)}, got {variant!r}")
+    return module, numbers[variant]
 
 
 def decode_4bit(
@@ -192,7 +233,7 @@ def product_4bit(
         [tokens, rows], backward [tokens, columns], in the dtype of x: sums in float32, rounded
         once, of weights that were not rounded (by "amx": to bfloat16). Raises as `decode_4bit`.
     """
-    module, index = _module(multiplier, multipliers)
+    module, index = _module(multiplier, "multipliers")
     if not multiplies_4bit(rows, columns, blocksize):
         want, got = "a power of two from 32 on", f"[{rows}, {columns}] in blocks of {blocksize}"
         raise ValueError(f"weight: want rows of whole blocks of {want}, got {got}")
@@ -205,7 +246,7 @@ def product_4bit(
         raise ValueError(f"x: want {want}, got {got} on {x.device}")
     if x.stride(1) != 1 and width > 1 and len(x):
         raise ValueError(f"x: want a contiguous last axis, got strides {x.stride()}")
-    if multipliers()[index] == "amx" and x.dtype != torch.bfloat16:
+    if index == _numbers("multipliers").get("amx") and x.dtype != torch.bfloat16:
         if multiplier:
             raise ValueError(f"x: want torch.bfloat16 for amx, got {x.dtype}")
         index += 1

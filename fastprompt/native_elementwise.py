@@ -190,8 +190,8 @@ def turn(
 
 
 def _module(variant):
-    module, index = native._module(variant)
-    return module, native.variants()[index]
+    module, _ = native._module(variant)
+    return module, variant or native.isa()
 
 
 def _check(shape: tuple[int, ...], dtype: torch.dtype | None = None, **tensors) -> None:

@@ -14,18 +14,22 @@ from fastprompt.ops.quantize_rows import E4M3, E5M2
 class Norm(NamedTuple):
     dtype: torch.dtype
     D: int
-    layer: bool = False
+    kind: str = "rms"  # "rms", "layer", "bare" (a layer norm without weight and bias)
     residual: bool = False
+    weight: torch.dtype = BF16
+    first: bool = False  # rounded before the weight comes
     gap: int = 0
 
     def launch(self):
         x, r = rows(2, self.D, self.dtype, self.gap)
         total = torch.empty(2, 5, self.D, dtype=self.dtype)
         y = torch.empty(2, 5, self.D, dtype=E4M3)
-        weight, rstd, mean, scale = torch.empty(self.D), *torch.empty(3, 2, 5)
-        bias, mean = (weight, mean) if self.layer else (None, None)
+        weight, (rstd, mean, scale) = torch.empty(self.D, dtype=self.weight), torch.empty(3, 2, 5)
+        bias = weight if self.kind == "layer" else None
+        weight = None if self.kind == "bare" else weight
+        mean = None if self.kind == "rms" else mean
         r, total = (r, total) if self.residual else (None, None)
-        norms_triton.forward(x, r, weight, bias, 1e-6, 0.0, False, y, total, mean, rstd, scale)
+        norms_triton.forward(x, r, weight, bias, 1e-6, 0.0, self.first, y, total, mean, rstd, scale)
 
 
 class Quantize(NamedTuple):
@@ -67,14 +71,20 @@ class Decode8(NamedTuple):
 
 CASES = [
     Norm(BF16, 4096, residual=True),
-    Norm(BF16, 1024, layer=True),
-    Norm(FP32, MOST_CHANNELS, layer=True, residual=True),
-    Norm(FP32, 4096),
-    Norm(FP16, 80, residual=True, gap=1),
+    Norm(BF16, 4096, weight=FP32),
+    Norm(BF16, 4096, residual=True, first=True),
+    Norm(BF16, 1024, "layer"),
+    Norm(BF16, 1024, "bare"),
+    Norm(FP32, MOST_CHANNELS, "layer", residual=True, weight=FP32),
+    Norm(FP32, 4096, weight=FP32),
+    Norm(FP16, 80, residual=True, weight=FP16, gap=1),
     Quantize(BF16, 4096),
     Quantize(FP32, 77, gap=1),
     Quantize(BF16, 4096, to=E5M2),
     Quantize(BF16, 11008, "silu", gated=True, gap=11008),
+    Quantize(BF16, 11008, "silu", gated=True, gap=11008, to=E5M2),
+    Quantize(BF16, 9216, "gelu_tanh", gated=True, gap=9216),
+    Quantize(BF16, 4304, "gelu_tanh"),
     Quantize(FP16, 29568, "gelu_tanh", gated=True),
     Quantize(FP32, 4096, "gelu_quick"),
     Quantize(BF16, 3072, "gelu"),

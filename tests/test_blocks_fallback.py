@@ -1,6 +1,7 @@
 """Where a block does not run as one node: the layer's own forward, with a reason in the report."""
 
 import pytest
+import test_maple
 import tiny
 import torch
 import transformers as tf
@@ -9,7 +10,7 @@ from torch import nn
 
 import fastprompt
 from fastprompt import viz
-from fastprompt.methods import DeepPrompts
+from fastprompt.methods import DeepPrompts, MaPLe, PrefixTuning
 
 
 def unfused(name, models, reason, given=None, count=1):
@@ -255,3 +256,20 @@ def test_undo_leaves_nothing(tmp_path):
     patch.undo()
     assert not any("forward" in vars(m) for m in model.modules())
     assert patch.blocks == {} and patch.memories == {} and patch.unfused == {}
+
+
+@pytest.mark.parametrize("method", [PrefixTuning(3, mlp=4), MaPLe(2, 2)], ids=["mlp", "maple"])
+def test_what_makes_a_prompt_is_no_part_of_its_block(method):
+    name = "llama" if isinstance(method, PrefixTuning) else "clip"
+    found = []
+    for memory in ("off", "low"):
+        model = test_maple.build() if name == "clip" else tiny.build(name, torch.float64)
+        torch.manual_seed(4)
+        patch = fastprompt.patch(model, method, memory=memory)
+        assert not patch.unfused
+        given = test_maple.given() if name == "clip" else tiny.inputs(name, torch.float64)
+        out = model(**given)
+        (out.logits_per_image if name == "clip" else out.logits).square().sum().backward()
+        found.append({n: p.grad for n, p in patch.trainable.items()})
+    for key, want in found[0].items():
+        assert relative(found[1][key], want) < 1e-5, key  # a layer's own norm is in float32

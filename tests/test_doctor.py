@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import fastprompt
-from fastprompt import doctor, native, ops
+from fastprompt import doctor, native, native_cuda, ops
 from fastprompt.__main__ import main
+from fastprompt.ops import nf4_linear_cuda
 
 
 def test_this_machine_is_well(capsys):
@@ -80,6 +81,17 @@ def test_what_raises_does_not_hide_the_rest(monkeypatch):
 def test_a_missing_compiled_part_is_said(monkeypatch):
     monkeypatch.setattr(native, "_load", lambda: (None, "not built here"))
     assert "missing, not built here" in fastprompt.report()
+
+
+def test_cubins_are_listed(monkeypatch):
+    monkeypatch.setattr(native_cuda, "archs", lambda: (80, 90))
+    assert "few tokens): for sm_80, sm_90" in fastprompt.report()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    reasons = {0: None, 1: "too old"}
+    monkeypatch.setattr(nf4_linear_cuda, "why_not", lambda device: reasons[device.index])
+    assert doctor._cuda_kernels() == "for sm_80, sm_90; cuda:0 active; cuda:1 not used, too old"
+    monkeypatch.setattr(native_cuda, "archs", tuple)
+    assert doctor._cuda_kernels().startswith("none, the compiled part is missing")
 
 
 def test_the_command_line():

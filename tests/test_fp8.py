@@ -1,5 +1,6 @@
 """fp8's ops: rows with scales, 4-bit weights in e4m3, their products, on every backend here."""
 
+import importlib
 import itertools
 
 import pytest
@@ -113,11 +114,11 @@ def test_activations(kind, gated, backend, dtype):
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("kind", ["rms", "gemma", "layer"])
+@pytest.mark.parametrize("kind", ["llama", "late", "gemma", "layer"])
 @every_pair
 def test_norms(backend, dtype, kind, residual):
     x, r = randn(2, 5, 96, dtype=dtype), randn(2, 5, 96, dtype=dtype, seed=1)
-    w, b = torch.randn(2, 96)
+    w, b = torch.randn(2, 96).to(dtype)
     out, scale = torch.empty(2, 5, 96, dtype=E4M3), torch.empty(2, 5, 1)
     options = dict(out=out, scale=scale, residual=r if residual else None, backend=backend)
     h = (x + r) if residual else x
@@ -125,11 +126,21 @@ def test_norms(backend, dtype, kind, residual):
         y, total, *_ = layer_norm(x, w, b, 1e-5, **options)
         want = torch.nn.functional.layer_norm(h.double(), (96,), w.double(), b.double(), 1e-5)
     else:
-        offset = float(kind == "gemma")
-        y, total, _ = rms_norm(x, w, 1e-5, offset=offset, cast_first=False, **options)
-        want = torch.nn.functional.rms_norm(h.double(), (96,), offset + w.double(), 1e-5)
+        offset, first = float(kind == "gemma"), kind == "llama"
+        y, total, _ = rms_norm(x, w, 1e-5, offset=offset, cast_first=first, **options)
+        z = torch.nn.functional.rms_norm(h.double(), (96,), eps=1e-5)
+        want = (z.to(dtype) if first else z) * (offset + w.double())
     assert y is out and torch.equal(total, h)
     assert_quantized(Quantized(out, scale), want.float(), backend)
+
+
+@pytest.mark.parametrize("out", [None, torch.empty(2, 8)])
+def test_norms_want_memory_in_fp8(out):
+    x, w, scale = torch.ones(2, 8), torch.ones(8), torch.empty(2, 1)
+    with pytest.raises(ValueError, match="out: want"):
+        rms_norm(x, w, 1e-5, out=out, scale=scale)
+    with pytest.raises(ValueError, match="out: want"):
+        layer_norm(x, w, None, 1e-5, out=out, scale=scale)
 
 
 # ---- weights ----
@@ -222,10 +233,26 @@ def test_which_weights():
         (torch.ones(3, 2).T, {}, "contiguous last axis"),
         (torch.ones(2, 3), dict(dtype=torch.float16), "dtype: want"),
         (torch.ones(2, 3), dict(factor=torch.ones(2)), r"factor: want \[3\]"),
-        (torch.ones(2, 3), dict(factor=torch.ones(3).double()), "factor: want torch.float32"),
+        (torch.ones(2, 3), dict(factor=torch.ones(3).double()), "factor: want .*torch.float32"),
+        (torch.ones(2, 3), dict(factor=torch.ones(6)[::2]), r"factor: want contiguous .*\(2,\)"),
         (torch.ones(2, 3), dict(backend="cuda"), "backend: want one of"),
     ],
 )
 def test_refusals(x, options, message):
     with pytest.raises(ValueError, match=message):
         quantize_rows(x, **options)
+
+
+def test_what_a_graph_captures_is_not_kept(monkeypatch):
+    """A graph's memory is its own: what is made in it would be used by others as well."""
+    linear = importlib.import_module("fastprompt.ops.fp8_linear")
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch, "ones", lambda n, device: torch.full((n,), 1.0))
+    asked = 4321, torch.device("cuda", 0)
+    assert linear._ones(*asked) is not linear._ones(*asked)
+    capturing[0] = False
+    kept = linear._ones(*asked)
+    capturing[0] = True
+    assert linear._ones(*asked) is kept
+    linear._kept_ones.pop(asked)

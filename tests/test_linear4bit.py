@@ -8,15 +8,19 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from compare import assert_as_accurate
 from torch import nn
 
-from fastprompt import linear4bit
+from fastprompt import linear4bit, native
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def decoding(monkeypatch):
     """What csrc/ multiplies without decoding has other roundings than bitsandbytes."""
     monkeypatch.setattr(import_module("fastprompt.ops.nf4_linear"), "FUSED", ())
+
+
+bit_for_bit = pytest.mark.usefixtures("decoding")
 
 
 def linear(rows=128, columns=192, compute=torch.float32, dtype=torch.float32, **kw):
@@ -33,6 +37,7 @@ def both(f, x, dy):
     return y, torch.autograd.grad(y, x, dy)[0]
 
 
+@bit_for_bit
 @pytest.mark.parametrize("compute", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
@@ -44,6 +49,7 @@ def test_adopted_is_bitsandbytes_bit_for_bit(compute, dtype, bias):
         assert got.dtype == want.dtype and torch.equal(got, want)
 
 
+@bit_for_bit
 def test_adopted_under_autocast():
     theirs, ours = linear(), linear()
     linear4bit.adopt(ours)
@@ -53,6 +59,29 @@ def test_adopted_under_autocast():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.skipif(native.isa() not in ("avx512", "avx2", "neon"), reason="csrc decodes here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_straight_from_the_4_bits(dtype, monkeypatch):
+    """Four tokens: csrc multiplies both ways, as accurately as a dense product."""
+    module, called, product = linear(compute=dtype, dtype=dtype), [], native.product_4bit
+    dense = bnb.dequantize_4bit(module.weight, module.weight.quant_state).float()
+    linear4bit.adopt(module)
+
+    def counted(*args, **kw):
+        called.append(kw["backward"])
+        return product(*args, **kw)
+
+    monkeypatch.setattr(native, "product_4bit", counted)
+
+    def eager(x):
+        return nn.functional.linear(x, dense.to(x.dtype), module.bias.to(x.dtype))
+
+    x = torch.randn(2, 2, 192).to(dtype).requires_grad_()
+    assert_as_accurate(module, eager, (x,), torch.randn(2, 2, 128))
+    assert called == [False, True]
+
+
+@bit_for_bit
 def test_gradients_after_an_eval_forward_are_right():
     """bitsandbytes repacks the weight in its first eval forward on CPUs with AVX512-BF16."""
     model, x = nn.Sequential(linear(), nn.ReLU(), linear(64, 128)), torch.randn(4, 192)
@@ -90,6 +119,7 @@ def repack(module):
     )
 
 
+@bit_for_bit
 @pytest.mark.parametrize("saved_since", [False, True])
 def test_repacked_weights_are_restored_where_nothing_was_lost(saved_since):
     module = linear(dtype=torch.bfloat16, compress_statistics=False)
@@ -158,6 +188,7 @@ def test_hooks_run():
     assert seen == ["before", "after"]
 
 
+@bit_for_bit
 @pytest.mark.parametrize("hooked_first", [True, False])
 @pytest.mark.parametrize("hook_stays", [True, False])
 def test_accelerates_hooks(hooked_first, hook_stays):
@@ -201,6 +232,7 @@ def test_a_trainable_bias_still_trains():
     torch.testing.assert_close(ours.bias.grad, theirs.bias.grad)
 
 
+@bit_for_bit
 def test_state_kept_by_the_module_alone():
     """FSDP2 makes the weight a plain Parameter, without quant_state."""
     module, x = linear(), torch.randn(2, 192)

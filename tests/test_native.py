@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,3 +143,15 @@ def test_refusals(change, said):
     args = dict(out=torch.empty(128), packed=packed, code=code, absmax=absmax, blocksize=64)
     with pytest.raises(ValueError, match=said):
         native.decode_4bit(**{**args, **change})
+
+
+def test_a_file_of_the_other_byte_order_is_not_measured(monkeypatch, tmp_path):
+    """Its numbers are written the other way round; the loader says what is wrong with it."""
+    path = tmp_path / "_native.so"
+    monkeypatch.delitem(sys.modules, "fastprompt._native", raising=False)
+    monkeypatch.setattr(native, "find_spec", lambda name: SimpleNamespace(origin=path))
+    path.write_bytes(b"\x7fELF\x02\x02" + bytes([255]) * 90)
+    native._check_file()
+    path.write_bytes(b"\x7fELF\x02\x01" + bytes([255]) * 90)
+    with pytest.raises(ImportError, match="cut short"):
+        native._check_file()

@@ -91,6 +91,19 @@ def test_sets_of_prompts(variant, length, Hkv, N, dtype):
     assert_as_accurate(ours, eager, inputs, torch.randn(B, Hq, N, d))
 
 
+@pytest.mark.parametrize("kind", ["bool", "numbers"])
+def test_masked_single_query(variant, kind):
+    """Which the op leaves to torch, csrc itself serves."""
+    B, Hq, _, _, M, *_ = shape = SHAPES["single query"]
+    q, k, v, *prompts = (t.detach() for t in make(shape, torch.float32, "cpu"))
+    mask = torch.rand(B, Hq, 1, M) > 0.3
+    mask = mask if kind == "bool" else torch.randn(mask.shape).masked_fill(~mask, -torch.inf)
+    out, lse = torch.empty_like(q), torch.empty(B, Hq, 1)
+    native.attention(q, k, v, *prompts, out, lse, causal=True, scale=0.2, attn_mask=mask)
+    want = reference.prompt_attention(q, k, v, *prompts, causal=True, scale=0.2, attn_mask=mask)
+    torch.testing.assert_close(out, want)
+
+
 def test_scores_too_large_for_an_exponential(variant):
     """Scores of 1e4: all but the largest vanish, nothing overflows."""
     inputs = make(SHAPES["narrow"], torch.float32, "cpu")

@@ -130,7 +130,7 @@ def test_infinite_tokens_spoil_no_others(multiplier, backward):
         (dict(backward=True, x=torch.ones(2, 4), bias=torch.ones(4)), "bias: want none backward"),
         (dict(packed=torch.zeros(255, dtype=torch.uint8)), "packed: .*at least 256"),
         (dict(absmax=torch.zeros(7)), "absmax: .*at least 8"),
-        (dict(multiplier="sse9"), "variant: want one of"),
+        (dict(multiplier="sse9"), "multiplier: want one of"),
     ],
 )
 def test_refusals(change, said):

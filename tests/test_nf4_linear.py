@@ -1,8 +1,7 @@
-"""The 4-bit product: values, gradients, refusals, with the native part and without."""
+"""The 4-bit product: values, gradients, refusals."""
 
 import copy
 import importlib
-import sys
 import threading
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ from fastprompt.ops.packed import Packed, unpack
 
 ops = importlib.import_module("fastprompt.ops.nf4_linear")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))
 FORMATS = [(kind, nested) for kind in ("nf4", "fp4") for nested in (False, True)]
 
 
@@ -172,6 +172,7 @@ def test_gradient_in_float64(path):
     weight = quantise(6, 10)
     x = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: nf4_linear(x, weight), x)
+    assert torch.autograd.gradgradcheck(lambda x: nf4_linear(x, weight).square(), x)
 
 
 def test_weights_share_one_buffer_and_nothing_is_kept(decoding):
@@ -284,7 +285,8 @@ def test_refusals():
         ((x[:, :8], weight), r"x: want \[..., 192\]"),
         ((x.long(), weight), "x: want one of"),
         ((x.to("meta"), weight), "weight's device cpu, got meta"),
-        ((x, weight, bias[:5]), r"bias: want \[96\]"),
+        ((x, weight, bias[:5]), r"bias: want \[96\] on cpu, got \(5,\)"),
+        ((x, weight, bias.to("meta")), r"bias: want \[96\] on cpu, got \(96,\) on meta"),
         ((x, weight, torch.zeros(96, requires_grad=True)), "bias must be frozen"),
         ((x, packed), "without state"),
         ((x, Params4bit(torch.randn(96, 192))), "without state"),
@@ -317,6 +319,7 @@ def test_other_storage_dtypes(storage):
     x = torch.randn(2, 192)
     want = nf4_linear(x, (packed, state))
     assert torch.equal(nf4_linear(x, (packed.view(-1).view(storage)[:, None], state)), want)
+    assert torch.equal(nf4_linear(x, unpack((packed, state))), want)
 
 
 @pytest.mark.gpu
@@ -328,29 +331,3 @@ def test_on_cuda():
     y, dx = both(lambda x: nf4_linear(x, (packed, state)), x, torch.ones_like(x[:, :96]))
     w = bnb.dequantize_4bit(packed, state)
     torch.testing.assert_close((y, dx), (x @ w.T, torch.ones_like(y) @ w))
-
-
-# ---- without the native part ----
-
-
-def test_a_missing_native_part_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastprompt._native", None)  # import raises ImportError
-    load = native._load.__wrapped__
-    with pytest.warns(UserWarning, match="native part is not usable .*torch serves"):
-        module, why = load()
-    assert module is None and "_native" in why
-
-
-def test_a_foreign_native_part_is_refused(monkeypatch):
-    foreign = type(sys)("fastprompt._native")
-    foreign.ABI, foreign.__file__ = -1, "old.so"
-    monkeypatch.setitem(sys.modules, "fastprompt._native", foreign)
-    with pytest.warns(UserWarning, match=r"another version: old\.so"):
-        assert native._load.__wrapped__()[0] is None
-
-
-def test_without_native(monkeypatch):
-    monkeypatch.setattr(native, "_load", lambda: (None, "not built"))
-    assert not native.available() and native.isa() == "torch" and native.why_missing()
-    with pytest.raises(RuntimeError, match="not built"):
-        native.decode_4bit(torch.empty(2), torch.empty(1), torch.empty(16), torch.empty(1), 64)

@@ -104,10 +104,10 @@ def test_rounds_where_transformers_does(cls, offset, dtype):
     module.weight.data = w
     want = module(x)
     assert torch.equal(rms_norm(x, w, EPS, offset=offset, backend="plain"), want)
-    # sums in another order: a number in a thousand is rounded the other way
+    # sums in another order: a number in a million or so is rounded the other way
     got = rms_norm(x, w, EPS, offset=offset)
     torch.testing.assert_close(got, want)
-    assert dtype == torch.float32 or (got != want).float().mean() < 0.005
+    assert dtype == torch.float32 or (got != want).float().mean() < 0.001
 
 
 @every_kind
@@ -223,7 +223,9 @@ def test_results_in_another_dtype(backend, kind, device):
     assert torch.equal(out, backward(dy, h, w, kept).to(other))
     assert backward(dy, h, w, kept, dh=dh, out=out) is out
     want = backward(dy, h, w, kept, dh=dh).to(other)
-    torch.testing.assert_close(out, want, atol=0, rtol=torch.finfo(other).eps)
+    # csrc adds no dh of another dtype than its result's: torch then does, its sums in another order
+    rtol = torch.finfo(other).eps if backend == "native" else 0
+    torch.testing.assert_close(out, want, atol=0, rtol=rtol)
 
 
 @every_backend

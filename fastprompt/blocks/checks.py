@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fastprompt.adapters import adapted
 from fastprompt.blocks.parts import Norm, Parts, Vector
 from fastprompt.blocks.products import is_adopted
+from fastprompt.prompts import CHILD
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _RECORDERS = "transformers.utils.output_capturing"
@@ -14,7 +16,7 @@ _RECORDERS = "transformers.utils.output_capturing"
 
 @dataclass(eq=False)
 class Inside:
-    """A module of a block, and its children when the block was looked at."""
+    """A module of a block, and its children (but a prompt) when the block was looked at."""
 
     name: str
     module: nn.Module
@@ -23,9 +25,14 @@ class Inside:
 
 
 def inside(layer: nn.Module, ignored: nn.Module | None) -> list[Inside]:
-    """The layer, named "", and every module in it but ``ignored`` (its prompt)."""
-    found = [(name, m) for name, m in layer.named_modules() if m is not ignored]
-    return [Inside(name, m, [*m._modules.values()], _drops(m) is not None) for name, m in found]
+    """The layer, named "", and every module in it but those of ``ignored`` (its prompt)."""
+    of_prompt = {*ignored.modules()} if ignored is not None else {}
+    found = [(name, m) for name, m in layer.named_modules() if m not in of_prompt]
+    return [Inside(name, m, _children(m), _drops(m) is not None) for name, m in found]
+
+
+def _children(layer: nn.Module) -> list[nn.Module | None]:
+    return [child for name, child in layer._modules.items() if name != CHILD]  # sets take turns
 
 
 def unknown(parts: Parts, found: list[Inside]) -> str | None:
@@ -34,6 +41,8 @@ def unknown(parts: Parts, found: list[Inside]) -> str | None:
     for part in found:
         module, kind = part.module, type(part.module)
         name = f"{part.name} is " if part.name else ""
+        if adapted(module):
+            return f"{part.name} has an adapter (PEFT's)"
         if "forward" in vars(module) and not is_adopted(module):
             return f"{part.name}'s forward was replaced" if name else "its forward was replaced"
         if not _is_as_published(module):
@@ -58,7 +67,10 @@ def obstacle(parts: Parts, found: list[Inside]) -> str | None:
         own = module.__dict__  # some 400 modules are looked at in every step: no slow look-ups
         # hooks and forward of the layer itself, the first, run around the node, as always
         inner = part is not found[0]
-        if [*own["_modules"].values()] != part.children:
+        if ([*own["_modules"].values()] if inner else _children(module)) != part.children:
+            of_peft = next((name for name, m in own["_modules"].items() if adapted(m)), None)
+            if of_peft is not None:
+                return f"{part.name}.{of_peft} has an adapter (PEFT's)".lstrip(".")
             return f"modules inside {part.name or 'it'} were replaced"
         if (
             own["_forward_hooks"] or own["_forward_pre_hooks"]

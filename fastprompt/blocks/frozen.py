@@ -141,16 +141,15 @@ class Frozen:
         cos, sin = given["position_embeddings"] if parts.rotary else (None, None)
         cache = self._cache(given)
         with context():
-            if side.prompt is None:
+            sides = side.sides(dtype, given.get(CHOICE))
+            if sides is None:
                 heads = parts.k_proj.out_features // parts.head_dim
                 none = x.new_empty(heads, 0, parts.head_dim, dtype=dtype)
-                prompt_k, prompt_v, index = none, none, None
-            else:
-                prompt_k, prompt_v, index = side.for_batch(dtype, given.get(CHOICE))
+                sides = none, none, {}
+            prompt_k, prompt_v, choosing = sides
             options = Options(
-                scale=parts.scale, prompt_index=index, backend=side.backend,
-                **{"causal": False} | masks,
-            )  # fmt: skip
+                scale=parts.scale, backend=side.backend, **{"causal": False} | masks | choosing
+            )
             out = frozen_block(
                 parts, x, prompt_k, prompt_v, options, cos=cos, sin=sin, policy=policy,
                 dtype=dtype, caches=cache is not None, host=self.memory.host, index=self.index,
@@ -228,7 +227,8 @@ def freeze(
 def _logits(model: nn.Module, tower: Tower) -> int:
     """Bytes for each token of a language model's logits at their peak, as transformers has them:
     in half precision, in float32, their logarithms, and the gradients of the first two."""
-    head = model.get_output_embeddings() if tower.kind == TEXT else None
+    made = tower.kind == TEXT and not tower.outside
+    head = model.get_output_embeddings() if made else None
     return 16 * head.out_features if isinstance(head, nn.Linear) else 0
 
 

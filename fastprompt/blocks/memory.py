@@ -110,7 +110,8 @@ class Memory:
             if policy == last or needed <= self.share * free:
                 break
         self.chosen = policy
-        self.why = f"{_size(tokens * each)} kept for {tokens:,} tokens, {_size(free)} were free"
+        kept = size_text(tokens * each)
+        self.why = f"{kept} kept for {tokens:,} tokens, {size_text(free)} were free"
 
     def describe(self) -> str:
         if self.asked != "auto":
@@ -120,5 +121,5 @@ class Memory:
         return f"auto: {self.chosen} ({self.why})"
 
 
-def _size(n: int) -> str:
+def size_text(n: int) -> str:
     return f"{n / 2**30:.2f} GB" if n >= 2**30 else f"{n / 2**20:.1f} MB"

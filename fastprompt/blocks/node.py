@@ -24,6 +24,9 @@ from fastprompt.blocks.parts import Parts
 from fastprompt.ops.layout import distinct
 from fastprompt.ops.options import Options
 
+# of the attention's options, those that a block has
+_TENSORS = ("key_mask", "attn_mask", "prompt_index", "prompt_len")
+
 
 class Plan(NamedTuple):
     """What a call of the node is told beside its tensors."""
@@ -39,9 +42,10 @@ class Plan(NamedTuple):
 
 class _FrozenBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, prompt_k, prompt_v, cos, sin, key_mask, attn_mask, index, plan):
+    def forward(ctx, x, prompt_k, prompt_v, cos, sin, *rest):
+        *tensors, plan = rest
         parts, math = plan.parts, plan.math
-        beside = (prompt_k, prompt_v, cos, sin, key_mask, attn_mask, index)
+        beside = (prompt_k, prompt_v, cos, sin, *tensors)
         side = _side(plan, *beside)
         with torch.autocast(x.device.type, enabled=False):
             q, k, v = raw = compute.projections(parts, x, math)
@@ -70,7 +74,7 @@ class _FrozenBlock(torch.autograd.Function):
         plan = ctx.plan
         parts, math = plan.parts, plan.math
         saved = ctx.saved_tensors  # asked for once: checkpointing allows no more
-        beside, (x, *kept) = saved[:7], saved[7:]
+        beside, (x, *kept) = saved[:8], saved[8:]
         side = _side(plan, *beside)
         to_x, prompts = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         with torch.autocast(dy.device.type, enabled=False):
@@ -106,11 +110,11 @@ class _FrozenBlock(torch.autograd.Function):
                 ).to(x.dtype)
         if not prompts:
             dprompt_k = dprompt_v = None
-        return dx, dprompt_k, dprompt_v, *[None] * 6
+        return dx, dprompt_k, dprompt_v, *[None] * 7
 
 
-def _side(plan: Plan, prompt_k, prompt_v, cos, sin, key_mask, attn_mask, index) -> Side:
-    o = plan.options._replace(key_mask=key_mask, attn_mask=attn_mask, prompt_index=index)
+def _side(plan: Plan, prompt_k, prompt_v, cos, sin, *tensors) -> Side:
+    o = plan.options._replace(**dict(zip(_TENSORS, tensors, strict=True)))
     return Side(prompt_k, prompt_v, cos, sin, o)
 
 
@@ -136,7 +140,7 @@ def frozen_block(
         parts: the block. Its weights must be frozen.
         x: [B, N, D] float, the residual stream.
         prompt_k, prompt_v: [Hkv, P, d] in the dtype computed in, or sets of them with
-            ``options.prompt_index``; as `ops.prompt_attention` takes them.
+            ``options.prompt_index`` and ``prompt_len``; as `ops.prompt_attention` takes them.
         options: of the attention; ``scale`` and all masks.
         cos, sin: [B or 1, N, r], half-split rotation of q and k.
         policy: "speed", "balanced", "low" or "offload": what is kept for backward.
@@ -160,7 +164,7 @@ def frozen_block(
     if fp8 and not torch.compiler.is_compiling():
         check_device(x.device)
     math = Math(dtype, torch.is_autocast_enabled(x.device.type), fp8)
-    tensors = (options.key_mask, options.attn_mask, options.prompt_index)
-    options = options._replace(key_mask=None, attn_mask=None, prompt_index=None)
+    tensors = [getattr(options, name) for name in _TENSORS]
+    options = options._replace(**dict.fromkeys(_TENSORS))
     plan = Plan(parts, policy, math, options, caches, host or Host(), index)
     return _FrozenBlock.apply(*distinct(x, prompt_k, prompt_v, cos, sin, *tensors), plan)

@@ -2,10 +2,11 @@
 
 On a GPU the 4-bit weights of one call (q, k, v; gate, up) are decoded under one another into
 scratch memory that all blocks share, and multiplied as one weight; backward joins the gradients
-likewise. On the CPU, where a product takes longer than what is before it, one after the other.
+likewise. One after the other go few tokens, which are multiplied straight from the 4 bits
+(`nf4_linear_cuda`), and those on the CPU, where a product takes longer than what is before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fastprompt import linear4bit
 from fastprompt.ops.nf4_linear import decoded, nf4_linear, nf4_linear_backward
+from fastprompt.ops.nf4_linear_cuda import serves_backward, serves_forward
 from fastprompt.ops.packed import Packed, unpack
 
 
@@ -27,7 +29,7 @@ def project(x: Tensor, parts: Sequence[nn.Module], autocast: bool) -> list[Tenso
     ``autocast``: a 4-bit product is computed in the dtype of x, not in the module's own.
     The results may be views of one tensor, side by side along the last axis.
     """
-    together = _together(x, parts, autocast)
+    together = _together(x, parts, autocast, serves_forward)
     if together is None:
         return [_product(x, part, autocast) for part in parts]
     weights, dtype = together
@@ -38,7 +40,7 @@ def project(x: Tensor, parts: Sequence[nn.Module], autocast: bool) -> list[Tenso
 
 def project_backward(grads: Sequence[Tensor], parts: Sequence[nn.Module], autocast: bool) -> Tensor:
     """dx [..., in], memory of its own: the sum of dy W over the parts, each dy [..., out]."""
-    together = _together(grads[0], parts, autocast)
+    together = _together(grads[0], parts, autocast, serves_backward)
     if together is not None:
         weights, dtype = together
         dy = joined(grads).to(dtype)
@@ -85,9 +87,10 @@ def joined(grads: Sequence[Tensor]) -> Tensor:
 
 
 def _together(
-    x: Tensor, parts: Sequence[nn.Module], autocast: bool
+    x: Tensor, parts: Sequence[nn.Module], autocast: bool, served: Callable[..., bool]
 ) -> tuple[list[Packed], torch.dtype] | None:
-    """The weights and what to compute in, where the parts can be multiplied as one."""
+    """The weights and what to compute in, where the parts can be multiplied as one and are not each
+    ``served`` by a kernel that decodes nothing."""
     if len(parts) < 2 or not side_by_side(x) or not all(map(is_adopted, parts)):
         return None
     opened = [linear4bit.opened(part, x) for part in parts]
@@ -95,7 +98,10 @@ def _together(
     weights = [unpack(weight) for weight, _ in opened]
     if len(dtypes) > 1 or any(w.packed.device != x.device for w in weights):
         return None
-    return weights, dtypes.pop()
+    (dtype,) = dtypes
+    if all(served(x.shape[:-1].numel(), dtype, w) for w in weights):
+        return None
+    return weights, dtype
 
 
 def biases(parts: Sequence[nn.Module], like: Tensor) -> Tensor | None:

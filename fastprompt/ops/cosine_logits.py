@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from fastprompt.ops import reference
+from fastprompt.ops.checks import check_backend, check_floats
 from fastprompt.ops.layout import distinct
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOST_CHANNELS = 8192  # that a program of the Triton kernels holds of a row
-BACKENDS = ("auto", "triton", "plain", "reference")
 
 # ---- op: schema, fake, dispatch ----
 
@@ -119,7 +118,7 @@ def cosine_logits(
         cls: [B, D] float. Any strides with a contiguous last axis, here and below.
         tokens: [B, C, D] float, or [C, D] for the same tokens in every sample.
         scale: a number, or a scalar tensor that may train (1 / temperature).
-        backend: "triton" (CUDA; on the CPU it wants its interpreter), "plain" or "reference"
+        backend: "triton" (CUDA; on the CPU its interpreter), "plain" or "reference"
             (both torch's own operations). "auto" is Triton on CUDA, else plain.
 
     Returns:
@@ -137,14 +136,9 @@ def cosine_logits(
 
 
 def _check(cls, tokens, scale, backend):
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {backend!r}")
-    for name, x in (("cls", cls), ("tokens", tokens)):
-        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name}: want a tensor of one of {[*FLOATS]}, got {got}")
-        if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{name}: want a contiguous last axis, got strides {x.stride()}")
+    check_floats(cls=cls)
+    check_floats(tokens=tokens)  # of whatever dtype
+    check_backend(backend, cls.device)
     B, D = cls.shape if cls.ndim == 2 else (None, None)
     if (
         cls.ndim != 2

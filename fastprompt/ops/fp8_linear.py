@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fastprompt.ops.checks import by_triton
-from fastprompt.ops.dequantize_4bit import forward as decode_into
-from fastprompt.ops.packed import Packed, block_scales, in_triton
+from fastprompt.ops.nf4_linear import decode as decode_dense
+from fastprompt.ops.packed import Packed, block_scales
 from fastprompt.ops.quantize_rows import E4M3, LEAST, Quantized
 from fastprompt.ops.scratch import scratch
 
@@ -68,8 +68,7 @@ def decode(w: Packed, scale: Tensor, out: Tensor, *, backend: str = "auto") -> N
 
         triton.decode(w, scale, out)
         return
-    dense = torch.empty(w.rows, w.columns, dtype=torch.float32, device=out.device)
-    decode_into(w, dense, backend="auto" if in_triton(w) else "plain")
+    dense = decode_dense(w, torch.empty(out.shape, dtype=torch.float32, device=out.device))
     out.copy_(dense.mul_((1 / scale)[:, None]))
 
 
@@ -88,6 +87,21 @@ def decoded(weights: Sequence[Packed], scales: Tensor, transposed: bool) -> Iter
         yield whole
 
 
+_kept_ones: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _ones(n: int, device: torch.device) -> Tensor:
+    """What a product's columns are scaled by where nothing is to be scaled."""
+    kept = _kept_ones.get((n, device))
+    if kept is None:
+        with torch.inference_mode(False):
+            kept = torch.ones(n, device=device)
+        # memory of a CUDA graph that is captured is not to be used outside it
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _kept_ones[n, device] = kept
+    return kept
+
+
 def _multiply(x: Quantized, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """[..., n] bfloat16 of x [..., k] and ``weight`` [n, k] e4m3, whose rows have ``scale`` [n]."""
     (values, rows), lead = (t.flatten(0, -2) for t in x), x.values.shape[:-1]
@@ -100,6 +114,18 @@ def _multiply(x: Quantized, weight: Tensor, scale: Tensor, bias: Tensor | None) 
         y = (values.float() @ weight.float().t()).mul_(rows).mul_(scale)
         y = (y if bias is None else y.add_(bias)).to(OUT)
     return y.unflatten(0, lead)
+
+
+def _product(
+    x: Quantized, weights: Sequence[Packed], scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    with decoded(weights, scales, transposed=False) as dense:
+        return _multiply(x, dense, scales, bias)
+
+
+def _product_backward(dy: Quantized, weights: Sequence[Packed], scales: Tensor) -> Tensor:
+    with decoded(weights, scales, transposed=True) as dense:
+        return _multiply(dy, dense, _ones(len(dense), dense.device), None)
 
 
 # ---- ops for the compiler, which need not look into them ----
@@ -128,14 +154,11 @@ def _opened(tensors: list, sizes: list, kinds: list) -> list[Packed]:
 
 
 def _forward(values, scale, scales, bias, *weights):
-    with decoded(weights := _opened(*weights), scales, transposed=False) as dense:
-        return _multiply(Quantized(values, scale), dense, scales, bias)
+    return _product(Quantized(values, scale), _opened(*weights), scales, bias)
 
 
 def _backward(values, scale, scales, *weights):
-    with decoded(weights := _opened(*weights), scales, transposed=True) as dense:
-        ones = scales.new_ones(weights[0].columns)
-        return _multiply(Quantized(values, scale), dense, ones, None)
+    return _product_backward(Quantized(values, scale), _opened(*weights), scales)
 
 
 torch.library.impl("fastprompt::fp8_linear", "CompositeExplicitAutograd", _forward)
@@ -166,8 +189,9 @@ def fp8_linear(
         scales: their `row_scales`.
         bias: [sum of rows] bfloat16.
     """
-    run = torch.ops.fastprompt.fp8_linear if torch.compiler.is_compiling() else _forward
-    return run(*x, scales, bias, *_flat(weights))
+    if torch.compiler.is_compiling():
+        return torch.ops.fastprompt.fp8_linear(*x, scales, bias, *_flat(weights))
+    return _product(x, weights, scales, bias)
 
 
 def fp8_linear_backward(dy: Quantized, weights: Sequence[Packed], scales: Tensor) -> Tensor:
@@ -175,6 +199,6 @@ def fp8_linear_backward(dy: Quantized, weights: Sequence[Packed], scales: Tensor
 
     ``dy`` [..., sum of rows]: the gradients beside one another, quantised with ``factor=scales``.
     """
-    run = torch.ops.fastprompt.fp8_linear_backward
-    run = run if torch.compiler.is_compiling() else _backward
-    return run(*dy, scales, *_flat(weights))
+    if torch.compiler.is_compiling():
+        return torch.ops.fastprompt.fp8_linear_backward(*dy, scales, *_flat(weights))
+    return _product_backward(dy, weights, scales)

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastprompt.ops.dequantize_4bit_triton import block_scale, value
+from fastprompt.ops.norms_triton import fp8_scale
 from fastprompt.ops.packed import Packed
-from fastprompt.ops.quantize_rows import E4M3, LEAST
+from fastprompt.ops.quantize_rows import E4M3
 
 _ROWS, _COLUMNS = 128, 64
 _SCALES = 2048  # that a program of `row_scales` goes through at once
@@ -23,7 +24,7 @@ def row_scales_kernel(
     absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr,
     scale_ptr,
     rows, blocks, blocksize2,
-    MOST: tl.constexpr, LEAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+    MOST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R rows of ``blocks`` blocks each; BLOCK is no less."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -32,7 +33,7 @@ def row_scales_kernel(
     at = row[:, None] * blocks + block
     scale = block_scale(at, live, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, blocksize2)
     largest = tl.max(tl.where(live, tl.abs(scale), 0.0), 1)
-    tl.store(scale_ptr + row, tl.math.div_rn(tl.maximum(largest, LEAST), MOST), mask=row < rows)
+    tl.store(scale_ptr + row, fp8_scale(largest, MOST)[0], mask=row < rows)
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def row_scales(w: Packed, out: Tensor) -> None:
             w.absmax, w.code2, w.absmax2, w.offset,
             out,
             w.rows, blocks, w.blocksize2,
-            MOST=torch.finfo(E4M3).max, LEAST=LEAST, BLOCK_R=count, BLOCK=width,
+            MOST=torch.finfo(E4M3).max, BLOCK_R=count, BLOCK=width,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 

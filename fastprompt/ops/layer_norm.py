@@ -53,7 +53,7 @@ def forward(
     float32, which is written too, ``out`` is e4m3: `quantize_rows` of y, which is then not rounded
     before. Else as `layer_norm`, whose checks it leaves out.
     """
-    if out is not None:
+    if out is not None or scale is not None:
         check_out("out", out, x, FLOATS if scale is None else (E4M3,))
     h = x
     if residual is not None:

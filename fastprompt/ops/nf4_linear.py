@@ -6,7 +6,8 @@
 W is decoded into scratch memory that all weights share, so that neither a second copy of the
 weights nor anything for backward is ever kept. On the CPU csrc/ decodes (or torch, without it), on
 CUDA Triton; the product is torch's own. Where FUSED says so, csrc/ multiplies on the CPU straight
-from the 4 bits: in float32 with weights that are not rounded, or by AMX in bfloat16.
+from the 4 bits: in float32 with weights that are not rounded, or by AMX in bfloat16. On a GPU it
+does so for few tokens (`nf4_linear_cuda`).
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprompt import native
+from fastprompt.ops import nf4_linear_cuda as cuda
 from fastprompt.ops.dequantize_4bit import forward as decode_into
 from fastprompt.ops.packed import FLOATS, Packed, in_triton, unpack
 from fastprompt.ops.scratch import scratch
@@ -111,6 +113,8 @@ def _fake_backward(dy, *weight):
 
 def _forward(x, bias, *weight):
     w = Packed(*weight)
+    if cuda.serves_forward(x.shape[:-1].numel(), x.dtype, w):
+        return cuda.forward(x, w, bias)
     if name := _multiplier(x, w, backward=False):
         return _multiply(x, w, name, bias)
     with decoded(w, dtype=x.dtype) as dense:
@@ -119,6 +123,8 @@ def _forward(x, bias, *weight):
 
 def _backward(dy, *weight):
     w = Packed(*weight)
+    if cuda.serves_backward(dy.shape[:-1].numel(), dy.dtype, w):
+        return cuda.backward(dy, w)
     if name := _multiplier(dy, w, backward=True):
         return _multiply(dy, w, name, backward=True)
     with decoded(w, dtype=dy.dtype) as dense:
@@ -149,17 +155,17 @@ torch.library.register_autograd("fastprompt::nf4_linear", _traced_backward, setu
 
 class _NF4Linear(torch.autograd.Function):
     """The same for eager tensors: cheaper than the dispatcher, and the weight is held by plain
-    reference, so that hooks on saved tensors (checkpointing, offload) do not copy it."""
+    reference, so that hooks on saved tensors (checkpointing, offload) do not copy it. ``back``:
+    dy W, whose gradient is the product itself, as bitsandbytes' can be differentiated twice."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Packed) -> Tensor:
-        ctx.weight = weight
-        return _forward(x, bias, *weight)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Packed, back: bool) -> Tensor:
+        ctx.weight, ctx.back = weight, back
+        return _backward(x, *weight) if back else _forward(x, bias, *weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return _backward(dy, *ctx.weight), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        return _NF4Linear.apply(dy, None, ctx.weight, not ctx.back), None, None, None
 
 
 # ---- public ----
@@ -201,14 +207,15 @@ def nf4_linear(
     if bias is not None:
         if bias.requires_grad:
             raise ValueError("bias must be frozen: this op returns no gradient for it")
-        if bias.shape != (w.rows,):
-            raise ValueError(f"bias: want [{w.rows}], got {tuple(bias.shape)}")
+        if bias.shape != (w.rows,) or bias.device != x.device:
+            got = f"{tuple(bias.shape)} on {bias.device}"
+            raise ValueError(f"bias: want [{w.rows}] on {x.device}, got {got}")
         bias = bias.to(dtype)
     x = x.to(dtype)
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return torch.ops.fastprompt.nf4_linear(x, bias, *w)
     if x.requires_grad and torch.is_grad_enabled():
-        return _NF4Linear.apply(x, bias, w)
+        return _NF4Linear.apply(x, bias, w, False)
     return _forward(x, bias, *w)
 
 

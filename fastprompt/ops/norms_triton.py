@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastprompt.ops.layout import Rows, rows_of
-from fastprompt.ops.quantize_rows import E4M3
+from fastprompt.ops.quantize_rows import E4M3, LEAST
 
 _ELEMENTS = 2048  # that a program of short rows holds
+_LEAST = tl.constexpr(LEAST)
 _SIZES = ["rows", "n1", "n2"]  # nothing is gained from knowing what divides these
 
 
@@ -28,7 +29,7 @@ def row_starts(row, n1, n2, stride_0, stride_1, stride_2):
 @triton.jit
 def fp8_scale(largest, MOST: tl.constexpr):
     """(scale, 1 / scale) of rows whose largest number is to be fp8's, as `quantize_rows` has it."""
-    scale = tl.math.div_rn(tl.maximum(largest, 1e-30), MOST)
+    scale = tl.math.div_rn(tl.maximum(largest, _LEAST), MOST)
     return scale, tl.math.div_rn(1.0, scale)
 
 

@@ -1,12 +1,12 @@
 """What `prompt_attention` takes beside its five tensors, and what it refuses."""
 
-import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastprompt.ops import vendors
+from fastprompt.ops.checks import check_backend
 
 BACKENDS = ("auto", "triton", "native", "vendor", "xformers", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -106,10 +106,10 @@ def _check_numbers(o):
 
 def check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, o: Options) -> None:
     """Raises ValueError for whatever the op does not serve, saying what was wanted and came."""
-    if o.backend not in BACKENDS:
-        raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {o.backend!r}")
+    check_backend(o.backend, q.device, BACKENDS)
+    if o.backend == "xformers" and not vendors.has_xformers():
+        raise ValueError('backend: want xformers installed for "xformers" (pip install xformers)')
     _check_numbers(o)
-    _check_backend(o.backend, q.device.type)
     (B, Hq, N, d), (Hkv, M) = q.shape, k.shape[1:3]
     if Hkv == 0 or Hq == 0 or Hq % Hkv:
         raise ValueError(f"want Hkv to divide Hq, both above 0; got Hkv {Hkv} and Hq {Hq}")
@@ -129,18 +129,6 @@ def check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, o
         _want("key_mask", o.key_mask, (B, M), q.device)
     _want_mask("attn_mask", o.attn_mask, (B, Hq, N, M), q.device, or_bool=True)
     _want_mask("prompt_bias", o.prompt_bias, (B, Hq, N, P), q.device, or_bool=False)
-
-
-def _check_backend(backend, device):
-    if backend == "native" and device == "cuda":
-        raise ValueError('backend: want tensors on the CPU for "native", got them on cuda')
-    if backend == "xformers" and not vendors.has_xformers():
-        raise ValueError('backend: want xformers installed for "xformers" (pip install xformers)')
-    if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            'backend: want CUDA tensors for "triton", got them on the CPU (there it runs in '
-            "Triton's interpreter alone: TRITON_INTERPRET=1 before the first import of triton)"
-        )
 
 
 def _want_tensors(named):

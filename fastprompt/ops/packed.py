@@ -42,13 +42,16 @@ def _bytes_of(packed: Tensor) -> Tensor:
 
 
 def unpack(weight: Tensor | tuple[Tensor, Any]) -> Packed:
-    """Open a bitsandbytes weight: a Params4bit, or (packed tensor, QuantState).
+    """Open a bitsandbytes weight: a Params4bit, or (packed tensor, QuantState); an opened one is
+    returned as it is.
 
     Raises:
         ValueError: it is not quantised, trains, is neither NF4 nor FP4, is not [out, in], was
             repacked by bitsandbytes for a kernel of its own, or its scales or code are too few, of
             another dtype or on another device.
     """
+    if isinstance(weight, Packed):
+        return weight
     if isinstance(weight, tuple):
         packed, state = weight
     else:

@@ -136,7 +136,7 @@ def quantize_rows(
     Args:
         x: [..., C] float32, float16 or bfloat16, any strides with a contiguous last axis (on CUDA
             leading axes that merge into three at most).
-        factor: [C] float32; multiplies x before.
+        factor: [C] float32, contiguous; multiplies x before.
         dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         backend: "triton" (CUDA; on the CPU its interpreter, which truncates where it should
             round), "plain" or "reference" (torch). "auto" is Triton on CUDA, else plain.
@@ -155,8 +155,10 @@ def quantize_rows(
         raise ValueError(f"dtype: want {E4M3} or {E5M2}, got {dtype}")
     if factor is not None:
         check_shape("factor", factor, x.shape[-1:])
-        if factor.dtype != torch.float32 or factor.device != x.device:
-            got = f"{factor.dtype} on {factor.device}"
-            raise ValueError(f"factor: want torch.float32 on {x.device}, got {got}")
+        dense = factor.is_contiguous()
+        if factor.dtype != torch.float32 or factor.device != x.device or not dense:
+            want = f"contiguous torch.float32 on {x.device}"
+            got = f"{factor.dtype} on {factor.device} with strides {factor.stride()}"
+            raise ValueError(f"factor: want {want}, got {got}")
     with torch.no_grad():
         return forward(x, factor, dtype=dtype, backend=backend)

@@ -75,7 +75,7 @@ def forward(
         norm = native_elementwise.norm_forward
         norm(x, residual, weight, None, eps, offset, first, y, total, None, rstd)
         return y, h, rstd
-    factor = _factor(weight, offset, x.dtype if first else wide)
+    factor = _factor(weight, offset, wide)
     for x_, r_, h_, y_, rstd_, scale_ in pieces(x, residual, h, y, rstd, scale):
         if r_ is not None:
             torch.add(x_, r_, out=h_)

@@ -13,8 +13,6 @@ Backends: `select_prompts_triton` (CUDA), `select_prompts_native` (csrc, on the 
 `select_prompts_plain` for whatever those do not take. None writes [B, C] scores to memory whole.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -22,11 +20,10 @@ from fastprompt import native
 from fastprompt.ops import reference
 from fastprompt.ops import select_prompts_native as compiled
 from fastprompt.ops import select_prompts_plain as plain
+from fastprompt.ops.checks import AND_NATIVE, FLOATS, check_backend
 from fastprompt.ops.layout import distinct
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RESTS = ("mean", None)
-BACKENDS = ("auto", "triton", "native", "plain", "reference")
 MOST_BY_TRITON = 64  # candidates that a program holds in registers for each of its rows
 
 # ---- op: schema, fake, dispatch ----
@@ -174,18 +171,17 @@ def select_prompts(
         key_scale: [C] float32 beside int8 keys: a row stands for ``keys[c] * key_scale[c]``.
         total: `sum_of(prompts)` [E] or [L, E] float64, for prompts that stand still: their sum is
             then not taken again. Gradients are the same.
-        backend: "triton" (CUDA; on the CPU it wants its interpreter; k up to 64), "native" (csrc,
-            on the CPU), "plain" or "reference" (both torch's own operations). "auto" takes the
-            first of them that the device and k allow.
+        backend: "triton" (CUDA; on the CPU its interpreter; k up to 64), "native" (csrc, on the
+            CPU), "plain" or "reference" (both torch's own operations). "auto" takes the first of
+            them that the device and k allow.
 
     Returns:
         tokens: [B, k or k+1, E] or [B, k or k+1, L, E] in the dtype of ``prompts``, the most
             similar first.
         indices: [B, k] int64. Ties: the lower index first.
         scores: [B, k] float32 (float64 for float64 queries, and where the reference is asked for
-            with any), the cosines. 0 with a row of length
-            0; -inf with one whose squared length is not finite in float32: nothing is checked
-            for NaN, which would wait for a GPU.
+            with any), the cosines. 0 with a row of length 0; -inf with one whose squared length is
+            not finite in float32: nothing is checked for NaN, which would wait for a GPU.
 
         Gradients reach ``prompts``, and through scores ``query`` and float ``keys``.
 
@@ -193,7 +189,9 @@ def select_prompts(
         ValueError: a shape, stride, dtype or device that the op does not serve, or k beyond 1 .. C.
     """
     _check(query, keys, prompts, k, rest, key_scale, total)
-    _check_backend(query, k, backend)
+    check_backend(backend, query.device, AND_NATIVE)
+    if backend == "triton" and k > MOST_BY_TRITON:
+        raise ValueError(f'backend: want k up to {MOST_BY_TRITON} for "triton", got {k}')
     if query.dtype == torch.float64 or backend == "reference":
         options = dict(rest=rest, key_scale=key_scale)
         with torch.autocast(query.device.type, enabled=False):
@@ -208,24 +206,6 @@ def select_prompts(
 def sum_of(prompts: Tensor) -> Tensor:
     """What `select_prompts` takes as ``total``: [C, ...] -> [...] float64, summed over C."""
     return plain.sum_of(prompts)
-
-
-def _check_backend(query, k, backend):
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "native" and query.device.type != "cpu":
-        raise ValueError(f'backend: want tensors on the CPU for "native", got {query.device}')
-    if backend == "triton" and k > MOST_BY_TRITON:
-        raise ValueError(f'backend: want k up to {MOST_BY_TRITON} for "triton", got {k}')
-    if (
-        backend == "triton"
-        and query.device.type == "cpu"
-        and os.environ.get("TRITON_INTERPRET") != "1"
-    ):
-        raise ValueError(
-            'backend: want CUDA tensors for "triton", got them on the CPU (there it runs in '
-            "Triton's interpreter alone: TRITON_INTERPRET=1 before the first import of triton)"
-        )
 
 
 def _check(query, keys, prompts, k, rest, key_scale, total):
