@@ -95,20 +95,19 @@ def curves(steps: int, images: int, cache: str | None) -> dict:
     from fastprompt.demo import data, language
     from fastprompt.demo import model as assembled
     from fastprompt.demo.packing import Packer
-    from fastprompt.demo.start import begin, starts
-    from fastprompt.demo.training import History, Recipe, Split, train
+    from fastprompt.demo.training import History, Recipe, Split, beginning, train
 
     recipe = Recipe(steps, images=images)
     tokenizer = language.tokenizer(cache)
     packer, model = Packer(tokenizer, recipe.size), assembled.model(cache)
     pupils = Split.of(data.images(cache, "train"), data.load(cache, "train"))
     method = M2PT(vision_tokens=20, text_tokens=10)
-    rows = starts(model, tokenizer, pupils.images, recipe.size, method)
+    start = beginning(tokenizer, pupils.images, recipe.size, method)
     losses = {}
     for name in ("bf16", "fp8"):
         torch.manual_seed(recipe.seed)
         patch = fastprompt.patch(model, method, compute=FORMS[name])
-        begin(patch, rows)
+        fastprompt.prefill(patch, *start)
 
         def each_step(step: int, history: History, name: str = name) -> None:
             print(f"{name} step {step}: loss {history.losses[-1]:.4f}", flush=True)

@@ -3,10 +3,11 @@
     python -m benchmarks.scaling
 
 DDP sends the gradients of what trains, float32, by a ring all-reduce: 2 (n - 1) / n times their
-bytes out of each card. FSDP2 gathers besides each block's packed weights for forward and again for
-backward: twice (n - 1) / n of theirs into each card; what trains is sharded with its block, and
-its gradients cost half an all-reduce. Nothing overlaps here, so the share of a step is the worst.
-The step's time is the bar of the design for an H100 (7B, 1,024 tokens a row), not a measurement.
+bytes out of each card. FSDP2, as `fastprompt train --shard` has it (`fastprompt.train.sharding`),
+leaves what trains to DDP, and gathers each block's 4-bit weights for forward and again for
+backward: 2 (n - 1) / n times their bytes out of each card, and into it. Nothing overlaps here, so
+the share of a step is the worst. The step's time is the bar of the design for an H100 (7B, 1,024
+tokens a row), not a measurement.
 """
 
 import sys
@@ -28,10 +29,10 @@ IMAGE_SECONDS = 6.5e-3  # of one core: decode a 640 x 480 JPEG (1.9 ms), to 336 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes out of, or into, each of ``cards`` cards in a step."""
+    """Bytes out of each of ``cards`` cards in a step, and into it."""
 
     trained: int  # numbers
-    packed: int  # bytes of the blocks' weights
+    split: int  # bytes of the blocks' 4-bit weights
     cards: int
 
     @property
@@ -40,12 +41,12 @@ class Traffic:
 
     @property
     def fsdp(self) -> float:
-        return (self.cards - 1) / self.cards * (2 * self.packed + 4 * self.trained)
+        return self.ddp + 2 * (self.cards - 1) / self.cards * self.split
 
 
 def traffic(model: str, cards: int) -> Traffic:
     card = Card(Tuning(BATCH, LANGUAGE[model]), OURS)
-    return Traffic(card.trained, card.packed, cards)
+    return Traffic(card.trained, card.split, cards)
 
 
 def main() -> int:

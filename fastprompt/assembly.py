@@ -8,6 +8,7 @@ code without fastprompt refuses it by name and never fills half a projector with
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -33,9 +34,9 @@ from fastprompt.tapping import has_class_token, make_room
 
 IMAGE_TOKEN = "<image>"
 _EVEN = 64  # rows of embeddings are made a multiple of it, as matrix products like them
-# what transformers leaves on a model that it loaded in 4-bit, beside the config's entry
 # of a whole model, by name from its root; the language model alone is in 4-bit
 _DENSE = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+# what transformers leaves on a model that it loaded in 4-bit, beside the config's entry
 _QUANTIZED = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit")
 _QUANTIZED += ("is_4bit_serializable", "hf_device_map")
 
@@ -159,6 +160,34 @@ def assemble_processor(
     processor = LlavaProcessor(image_processor, tokens, chat_template=tokens.chat_template)
     make_room(processor, model, anatomy(model).tower(VISION), rows=0)
     return processor
+
+
+def command(arguments: list[str]) -> int:
+    """``fastprompt assemble``: 0; 2 if the parts do not fit, or the folder is not empty."""
+    parser = argparse.ArgumentParser(
+        "fastprompt assemble",
+        description="Write a LLaVA of separate parts, its projector new and untrained: the --model "
+        "of fastprompt train.",
+    )
+    parser.add_argument("vision", help="hub id or folder of an image encoder, such as CLIP's")
+    parser.add_argument("language", help="hub id or folder of a language model")
+    parser.add_argument("--projector", choices=_KINDS, default="linear", help="linear, as M²PT's")
+    parser.add_argument("--seed", type=int, default=0, help="of the projector (0)")
+    parser.add_argument("--out", type=Path, required=True, help="the model's folder")
+    given = parser.parse_args(arguments)
+    try:
+        if given.out.exists() and any(given.out.iterdir()):
+            raise ValueError(f"--out: want a new or an empty folder, got {given.out}")
+        torch.manual_seed(given.seed)
+        model = assemble(given.vision, given.language, given.projector)
+        processor = assemble_processor(model, given.vision, given.language)
+        model.save_pretrained(given.out)
+        processor.save_pretrained(given.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}")
+        return 2
+    print(f"wrote {given.out}: fastprompt train --model {given.out} --method projector …")
+    return 0
 
 
 def _language(

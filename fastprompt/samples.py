@@ -1,12 +1,16 @@
 """A few numbers by which one frozen model is told from another."""
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
 _SAMPLES = 64
 
 
-def base_sample(model: nn.Module, *, trained: bool = False) -> list[float]:
+def base_sample(
+    model: nn.Module, *, trained: bool = False, without: Collection[str] = ()
+) -> list[float]:
     """A few numbers of the frozen model that tell one base model from another.
 
     From embeddings, norms and biases, which no 4-bit loader touches, so that a dense and a 4-bit
@@ -15,6 +19,7 @@ def base_sample(model: nn.Module, *, trained: bool = False) -> list[float]:
     Args:
         trained: also from what trains, which is the base model's only before it has. Then methods
             that train different parts give the same numbers.
+        without: names of parameters that are not the base model's.
     """
     names = (
         "embed_tokens.weight",
@@ -22,7 +27,8 @@ def base_sample(model: nn.Module, *, trained: bool = False) -> list[float]:
         "patch_embeddings.projection.weight",
         "token_embedding.weight",
     )
-    frozen = [(n, p) for n, p in model.named_parameters() if trained or not p.requires_grad]
+    own = [(n, p) for n, p in model.named_parameters() if n not in without]
+    frozen = [(n, p) for n, p in own if trained or not p.requires_grad]
     frozen = [(n, p) for n, p in frozen if p.device.type != "meta" and p.is_floating_point()]
     tables = [p.detach().flatten() for n, p in frozen if n.endswith(names)]
     vectors = [p.detach()[:1] for _, p in frozen if p.ndim == 1]

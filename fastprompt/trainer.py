@@ -11,10 +11,12 @@ from pathlib import Path
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from fastprompt.adapters import configs
+from fastprompt.prompts import CHILD
+
 _MARK = "_hf_peft_config_loaded"
 _QUIET = "_keys_to_ignore_on_save"
 _MISSING = object()
-TOKENS = "fastprompt.tokens"
 
 
 class SaveWhatTrains:
@@ -24,15 +26,19 @@ class SaveWhatTrains:
         self.model = model
 
     def __call__(self, save_directory: str | Path, is_main_process: bool = True, **kwargs) -> None:
-        """Write prompts and other trained parts as ``save_directory/model.safetensors``.
+        """Write prompts and other trained parts as ``save_directory/model.safetensors``, and
+        adapters that transformers put on as it does.
 
         Every other argument of transformers' ``save_pretrained`` says how to write a backbone,
         which this does not.
         """
         from fastprompt import checkpoint
 
+        if configs(self.model) and vars(self.model).get(_MARK):  # by transformers' add_adapter
+            save = type(self.model).save_pretrained
+            save(self.model, save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            checkpoint.save(self.model, save_directory, weights=SAFE_WEIGHTS_NAME)
+            checkpoint.save(self.model, save_directory, weights=SAFE_WEIGHTS_NAME, fold=False)
 
 
 def check_resumed(model: nn.Module, state: dict, prefix: str, *rest) -> None:
@@ -47,9 +53,10 @@ def check_resumed(model: nn.Module, state: dict, prefix: str, *rest) -> None:
         return
     done = patching.patch_of(model)
     names = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    if any(name.endswith(TOKENS) for name in names):
-        ours = {n: t for n, t in names.items() if n in done.trainable or n.endswith(TOKENS)}
-        checkpoint.check_tensors("the state to load", ours, done)
+    prompts = {name for name in names if CHILD in name.split(".")}
+    if prompts:
+        ours = {n: t for n, t in names.items() if n in done.trainable or n in prompts}
+        checkpoint.check_tensors("the state to load", ours, done.trainable)
 
 
 def attach(model: nn.Module) -> tuple[nn.Module, dict, object]:

@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import benchmark_files as files
@@ -14,6 +15,8 @@ import fastprompt
 from fastprompt.eval import InputError, Question, judge
 from fastprompt.eval.generate import answers, asked, conversation, encode, generate
 from fastprompt.eval.rank import choices, log_likelihoods
+from fastprompt.train.rows import Blob, Row
+from fastprompt.train.templates import IGNORE, NAMED, ChatTemplate, count_image_tokens
 
 TEXTS = ("is it?", "what is in the image, a cat or a dog?", "how many?", "e", "is this a test?")
 OPTIONS = ("yes", "no", "a cat", "yesterday", "entailment", "y")
@@ -102,6 +105,43 @@ def test_a_processor_without_a_template_is_refused():
     processor.chat_template = None
     with pytest.raises(InputError, match="--chat-template"):
         conversation(processor, "is it?")
+    processor = files.processor()
+    processor.image_token = "<no such token>"
+    with pytest.raises(InputError, match="want a tokenizer that knows") as error:
+        conversation(processor, "is it?")
+    assert "--template" not in str(error.value)  # none of them would help
+
+
+def test_a_template_may_want_plain_texts():
+    """As language models' own do, and so a LLaVA assembled from one."""
+    processor = files.processor()
+    processor.chat_template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    asked = conversation(processor, "is it?")
+    assert asked == "<user><image>\nis it? <assistant>"
+    assert conversation(processor, "is it?", "yes") == asked + "yes "
+
+
+THINKS = (
+    "{% for m in messages %}{{ '<s>' + m.role + ' ' }}{% if m.role == 'assistant' %}"
+    "{{ 'think\n' }}{% endif %}{{ m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("jinja", [NAMED["chatml"].jinja, THINKS])
+def test_a_question_is_asked_with_the_very_tokens_that_came_before_answers_in_training(jinja):
+    processor = files.processor()
+    processor.chat_template = jinja
+    template = ChatTemplate(processor, "auto", count_image_tokens(processor))
+    turns = [("user", "<image>\nis it a test?"), ("assistant", "yes")]
+    trained = template.encode(Row("x", "f:1", turns, Blob(Path("x.png"))))
+    before = next(n for n, label in enumerate(trained.labels) if label != IGNORE)
+    asked = conversation(processor, "is it a test?")
+    given = encode(model_of("plain"), processor, [picture(0)], [asked])
+    assert given["input_ids"][0].tolist() == trained.ids[:before]
 
 
 def test_a_bos_of_the_template_is_not_doubled():
@@ -160,14 +200,28 @@ def test_ranking_takes_the_highest_mean_and_sees_the_image_once(kind, processor)
 
 
 def test_options_that_are_greedy_are_known(processor):
-    model = model_of("plain")
-    said = generate(model, processor, [picture(0)], [TEXTS[0]], max_new_tokens=3)[0]
-    # an answer follows a space, which this model would not say: make it
-    space = processor.tokenizer.vocab[" "]
-    with torch.no_grad():
-        model.lm_head.weight.zero_()[space] = 0
-    tokens, greedy = log_likelihoods(model, processor, picture(0), TEXTS[0], ("a",))[0]
-    assert said and not greedy and tokens.exp() == pytest.approx(2 * [1 / 64], abs=1e-6)
+    """An option is greedy just if greedy decoding says it, token for token."""
+    model, vocab = model_of("plain"), processor.tokenizer.vocab
+    head = model.lm_head.weight
+    # a model that says one letter after another: " abab…", whatever it sees
+    following = {vocab[":"]: vocab[" "], vocab[" "]: vocab["a"], vocab["a"]: vocab["b"]}
+    following[vocab["b"]] = vocab["a"]
+
+    def say(ids, hidden):
+        wanted = torch.tensor([following.get(i, vocab["?"]) for i in ids.flatten().tolist()])
+        return torch.nn.functional.one_hot(wanted, len(head)).view(*ids.shape, -1) * 5.0
+
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["input_ids"]), with_kwargs=True
+    )
+    model.lm_head.register_forward_hook(
+        lambda _, args, out: say(seen[-1][:, -out.shape[1] :], out).to(out.dtype)
+    )
+    assert generate(model, processor, [picture(0)], ["is"], max_new_tokens=5) == ["abab"]
+    options = ("a", "ab", "aba", "aa", "b", "abb", "bab")
+    found = log_likelihoods(model, processor, picture(0), "is", options)
+    assert [greedy for _, greedy in found] == [o == "abab"[: len(o)] for o in options]
 
 
 def test_an_option_ends_before_what_the_template_adds(processor):
@@ -299,7 +353,12 @@ def test_lmms_eval_gets_the_same_answers(adapter, processor, tmp_path):
         return model.loglikelihood([SimpleNamespace(args=args)])[0]
 
     tokens, greedy = log_likelihoods(patched, processor, images[2], TEXTS[2], ("no",))[0]
-    assert score(" no") == score(lambda doc: doc["answer"]) == (tokens.sum().item(), greedy)
+    assert score(" no") == score(lambda doc: doc["answer"]) == (-tokens.mean().item(), greedy)
+    # lmms-eval's multiple choice takes the least: the likeliest by the mean over its tokens
+    losses = [score(f" {option}")[0] for option in OPTIONS]
+    question = Question("x", images[2], TEXTS[2], ("yes",), OPTIONS)
+    (chosen,) = choices(patched, processor, [question], suffix="")
+    assert OPTIONS[losses.index(min(losses))] == chosen["x"]
     with pytest.raises(ValueError, match="t, document 0: want one image, got \\[\\]"):
         model.generate_until([SimpleNamespace(args=("a", {}, lambda d: [], 0, "t", "test"))])
     with pytest.raises(NotImplementedError):

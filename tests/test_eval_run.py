@@ -1,66 +1,31 @@
-"""``fastprompt eval`` from end to end: resumed, rescored, refused; results on disk."""
+"""``fastprompt eval`` from end to end: resumed, refused, loaded as asked."""
 
 import json
 import random
-from argparse import Namespace
 
 import benchmark_files as files
+import conversations
 import pytest
 import torch
 import transformers as tf
+from eval_runs import ALL, make_folder, results, run
 from PIL import Image
 
 import fastprompt
 from fastprompt.__main__ import main
-from fastprompt.eval import BENCHMARKS, InputError, Result, Run, evaluate, mm_avg, predictions
-from fastprompt.eval.answers import accuracy
+from fastprompt.eval import InputError, Result, Run, evaluate, mm_avg
 from fastprompt.eval.evaluation import load
-from fastprompt.eval.results import radar
-from fastprompt.eval.run import load_judge, load_model
+from fastprompt.eval.loading import load_judge, load_model
 from fastprompt.methods import M2PT
-
-ALL = list(BENCHMARKS)
+from fastprompt.patching import patch_of
+from fastprompt.train.config import TrainConfig
+from fastprompt.train.preparing import prepare_model
+from fastprompt.train.templates import NAMED
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Data, a model and prompts for it, none of which any test changes."""
-    root = tmp_path_factory.mktemp("eval")
-    files.everything(root / "data")
-    files.save_model(root / "model")
-    files.save_judge(root / "judge")
-    model = files.llava()
-    patch = fastprompt.patch(model)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for p in patch.trainable.values():
-            p.add_(torch.randn_like(p))
-    fastprompt.save(model, root / "prompts")
-    return root
-
-
-def run(folder, output, *more, tasks=("vsr",), model=True):
-    source = ["--model", str(folder / "model"), "--prompts", str(folder / "prompts")]
-    options = ["--tasks", *tasks, "--data", str(folder / "data"), "--output", str(output)]
-    return main(["eval", *(source if model else []), *options, "--device", "cpu", *map(str, more)])
-
-
-def results(output):
-    return json.loads((output / "results.json").read_text())
-
-
-def said_right(folder, tasks=ALL):
-    found = load(tasks, folder / "data")
-    return {q.id: q.answers[0] for task in found.values() for q in task.every}
-
-
-def written(path, said):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    predictions.append(path, said)
-    return path
-
-
-# ---- a model ----
+    return make_folder(tmp_path_factory.mktemp("eval"))
 
 
 def test_the_command_runs_every_task_and_scores_what_it_wrote(folder, tmp_path, capsys):
@@ -68,7 +33,7 @@ def test_the_command_runs_every_task_and_scores_what_it_wrote(folder, tmp_path, 
     first = results(tmp_path / "out")
     assert list(first["tasks"]) == ALL and first["run"]["score"] == "exact"
     assert first["mm_avg"] == mm_avg(
-        {name: Result(name, 1, 0, t["scores"]) for name, t in first["tasks"].items()}
+        {name: Result(name, 1, "", 0, t["scores"]) for name, t in first["tasks"].items()}
     )
     said = capsys.readouterr().out
     assert all(f"| {name} | {t['count']} | 0 |" in said for name, t in first["tasks"].items())
@@ -172,6 +137,50 @@ def test_a_folder_is_one_runs_alone(folder, tmp_path, capsys):
         Run("best").settle(tmp_path)
 
 
+def test_another_model_does_not_go_on_with_ones_predictions(folder, tmp_path):
+    """`evaluate` is given no name for its model: its weights are its name."""
+    model, processor = files.llava(), files.processor()
+    args = (processor, ["vsr"], folder / "data", tmp_path)
+    evaluate(model, *args)
+    same = files.llava()
+    assert evaluate(same, *args)  # another object with the same weights
+    other = files.llava()
+    with torch.no_grad():
+        other.model.language_model.layers[1].mlp.up_proj.weight.add_(1)
+    patched = files.llava()
+    patch = fastprompt.patch(patched)
+    changed = files.processor()
+    changed.chat_template += " "
+    half = files.llava().bfloat16()
+    for model in (other, patched, half):
+        with pytest.raises(InputError, match="but what lies there is of"):
+            evaluate(model, *args)
+    with pytest.raises(InputError, match="but what lies there is of"):
+        evaluate(same, changed, *args[1:])
+    evaluate(patched, processor, ["vsr"], folder / "data", tmp_path / "patched")
+    with torch.no_grad():
+        list(patch.trainable.values())[-1].view(-1)[7] += 1  # any number that trains
+    with pytest.raises(InputError, match="but what lies there is of"):
+        evaluate(patched, processor, ["vsr"], folder / "data", tmp_path / "patched")
+
+
+def test_a_model_is_as_it_was_when_it_is_interrupted(folder, tmp_path, monkeypatch):
+    model = files.llava().train()
+    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, files.processor(), ["vsr"], folder / "data", tmp_path)
+    assert model.training
+
+
+def test_a_missing_image_is_named_before_a_model_is_loaded(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastprompt.eval.run.load_model", None)
+    files.vsr(tmp_path / "data")
+    (tmp_path / "data" / "vsr" / "images" / "000000401552.jpg").unlink()
+    more = ("--data", tmp_path / "data")
+    assert run(folder, tmp_path / "out", *more) == 1
+    assert "want an image in" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_missing_image_is_named_before_a_model_is_asked(tmp_path):
     files.vsr(tmp_path / "data")
     files.pope(tmp_path / "data")
@@ -181,81 +190,6 @@ def test_a_missing_image_is_named_before_a_model_is_asked(tmp_path):
         evaluate(None, None, ["pope", "vsr"], tmp_path / "data", tmp_path / "out")
     assert f"test.jsonl:3: want an image in {gone}" in str(error.value)
     assert "1 of 3 questions" in str(error.value) and not (tmp_path / "out").exists()
-
-
-# ---- predictions ----
-
-
-def test_predictions_alone_need_neither_model_nor_images(folder, tmp_path, capsys):
-    for name in ("pope", "vsr"):
-        data = tmp_path / "data" / name
-        data.mkdir(parents=True)
-        for path in (folder / "data" / name).glob("*.json*"):
-            (data / path.name).write_text(path.read_text())
-    said = said_right(folder, ["pope", "vsr"])
-    pope = {k: v for k, v in said.items() if k.startswith("pope")}
-    a = written(tmp_path / "a.jsonl", pope)
-    b = written(tmp_path / "b.jsonl", {k: v for k, v in said.items() if k not in pope})
-    more = ("--predictions", a, b)
-    assert run(tmp_path, tmp_path / "out", *more, tasks=("pope", "vsr"), model=False) == 0
-    found = results(tmp_path / "out")["tasks"]
-    assert found["pope"]["headline"] == found["vsr"]["headline"] == 1
-    assert "no radar plot" in capsys.readouterr().out
-    more += ("--limit", 1)
-    assert run(tmp_path, tmp_path / "few", *more, tasks=("pope", "vsr"), model=False) == 0
-    assert results(tmp_path / "few")["tasks"]["pope"]["count"] == 3
-    assert run(tmp_path, tmp_path / "out", "--predictions", a, a, model=False, tasks=["pope"]) == 1
-    assert f"{a}:1: a second prediction for 'pope/adversarial/1'" in capsys.readouterr().err
-
-
-def test_missing_predictions_are_an_error_unless_they_are_to_be_wrong(folder, tmp_path, capsys):
-    said = said_right(folder)
-    kept = {k: v for n, (k, v) in enumerate(said.items()) if n % 2}
-    path = written(tmp_path / "some.jsonl", kept)
-    assert run(folder, tmp_path, "--predictions", path, tasks=ALL, model=False) == 1
-    message = capsys.readouterr().err
-    assert "14 of 28 questions have no prediction, the first is 'mme/existence/0000/" in message
-    assert "--missing-is-wrong" in message and not (tmp_path / "results.json").exists()
-    more = ("--predictions", path, "--missing-is-wrong")
-    assert run(folder, tmp_path, *more, tasks=ALL, model=False) == 0
-    found = results(tmp_path)["tasks"]
-    assert found["mme"]["missing"] == 14 and found["mme"]["scores"]["total"] == 14 * 50
-    assert found["pope"]["missing"] == 6 and found["pope"]["scores"]["accuracy"] == 0.5
-    for name in ("vsr", "snli_ve", "cifar10", "textvqa"):
-        task = found[name]
-        assert task["headline"] == pytest.approx(1 - task["missing"] / task["count"])
-    assert sum(task["missing"] for task in found.values()) == len(said) - len(kept)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"id": "vsr/x/y", "prediction": "true"}', "no question has the id 'vsr/x/y'"),
-        ('{"prediction": "true"}', 'want {"id": …, "prediction": …}'),
-        ('{"id": "vsr/a"}', 'want {"id": …, "prediction": …}'),
-        ('["vsr/a", "true"]', 'want {"id": …, "prediction": …}'),
-        ('{"id": "vsr/a", "prediction": true}', "want text for id and prediction"),
-        ('{"id": "vsr/a", "predic', "want JSON in UTF-8"),
-    ],
-)
-def test_predictions_that_are_wrong_are_named(line, message, folder, tmp_path, capsys):
-    path = written(tmp_path / "p.jsonl", dict(list(said_right(folder, ["vsr"]).items())[:1]))
-    twice = path.read_text()
-    with open(path, "a") as file:
-        file.write(f"\n{line}\n")
-    assert run(folder, tmp_path / "o", "--predictions", path, model=False) == 1
-    assert f"fastprompt eval: {path}:3: {message}" in capsys.readouterr().err
-    path.write_text(twice * 2)
-    assert run(folder, tmp_path / "o", "--predictions", path, model=False) == 1
-    assert f"{path}:2: a second prediction for 'vsr/" in capsys.readouterr().err
-
-
-def test_files_that_are_not_there_are_named(folder, tmp_path, capsys):
-    gone = tmp_path / "gone"
-    assert run(folder, tmp_path / "o", "--predictions", gone, model=False) == 1
-    assert str(gone) in capsys.readouterr().err
-    assert run(folder, tmp_path / "o", "--prompts", tmp_path) == 1  # no weights in it
-    assert f"--prompts: {tmp_path}: want prompts.safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [("--four-bit",), ("--dtype", "bfloat16")])
@@ -271,27 +205,81 @@ def test_a_model_is_loaded_as_asked(tmp_path):
     processor.save_pretrained(tmp_path / "model")
     files.save_judge(tmp_path / "judge")
     (tmp_path / "chat").write_text(files.CHAT)
-    options = Namespace(model=tmp_path / "model", prompts=None, chat_template=tmp_path / "chat")
-    vars(options).update(four_bit=True, dtype="auto", device="cpu", judge=tmp_path / "judge")
-    model, processor = load_model(options)
+    chat = tmp_path / "chat"
+    model, processor = load_model(tmp_path / "model", chat_template=chat, four_bit=True)
     assert processor.chat_template == files.CHAT and processor.tokenizer.pad_token == "</s>"
-    judge, tokenizer = load_judge(options)
+    judge, tokenizer = load_judge(tmp_path / "judge", four_bit=True)
     assert tokenizer.pad_token == "<pad>" and not judge.training
     for loaded in (model, judge):
-        kinds = {type(m).__name__: m for m in loaded.modules()}
-        assert kinds["Linear4bit"].compute_dtype == torch.bfloat16
-    options.dtype = "float32"
-    kinds = {type(m).__name__: m for m in load_judge(options)[0].modules()}
-    assert kinds["Linear4bit"].compute_dtype == torch.float32
+        assert {m.compute_dtype for m in four_bit(loaded).values()} == {torch.bfloat16}
+        assert loaded.dtype == torch.bfloat16  # and not the checkpoint's
+    judge, _ = load_judge(tmp_path / "judge", four_bit=True, dtype="float32")
+    assert {m.compute_dtype for m in four_bit(judge).values()} == {torch.float32}
+    assert load_judge(tmp_path / "judge")[0].dtype == torch.float32  # the checkpoint's
+    _, processor = load_model(tmp_path / "model", template="chatml")
+    assert processor.chat_template == NAMED["chatml"].jinja
+    for bad, message in ((dict(dtype="int4"), "dtype: want"), (dict(template="x"), "template: w")):
+        with pytest.raises(InputError, match=message):
+            load_model(tmp_path / "model", **bad)
+
+
+def four_bit(model):
+    return {n: m for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
+
+
+def test_train_and_eval_load_the_same_4_bit_model(folder, tmp_path):
+    conversations.write_jsonl(tmp_path / "r.jsonl", conversations.rows(tmp_path, 2))
+    shared = dict(model=str(folder / "model"), data=str(tmp_path / "r.jsonl"), out=str(tmp_path))
+    options = dict(four_bit=True, method="text", memory="off")
+    trained = prepare_model(TrainConfig.of(shared | options)).model
+    evaluated, _ = load_model(folder / "model", four_bit=True)
+    a, b = four_bit(trained), four_bit(evaluated)
+    assert a.keys() == b.keys() and len(a) > 10
+    assert not any("projector" in name or "lm_head" in name for name in a)
+    for name in a:
+        states = [each[name].weight.quant_state for each in (a, b)]
+        for fact in ("quant_type", "blocksize", "nested", "dtype"):
+            assert getattr(states[0], fact) == getattr(states[1], fact), (name, fact)
+        assert states[0].nested and states[0].quant_type == "nf4"
+        assert states[0].state2.blocksize == states[1].state2.blocksize
+        assert a[name].compute_dtype == b[name].compute_dtype
+        assert torch.equal(a[name].weight.data, b[name].weight.data)
+    assert trained.dtype == evaluated.dtype
+
+
+def test_a_projector_that_was_loaded_and_does_not_train_is_evaluated_too(folder, tmp_path):
+    """Else a run of `fastprompt train --method vpt --projector FILE` is scored without it."""
+    aligned = files.llava()
+    stage1 = fastprompt.patch(aligned, M2PT(0, 0))
+    with torch.no_grad():
+        for p in stage1.trainable.values():
+            p.add_(torch.randn_like(p))
+    fastprompt.save(aligned, tmp_path / "stage1")
+    shared = dict(model=str(folder / "model"), data="none", out=str(tmp_path), dtype="float32")
+    given = dict(projector=str(tmp_path / "stage1"), method="vpt", vision_tokens=2)
+    patch = prepare_model(TrainConfig.of(shared | given))
+    assert all("fastprompt" in name for name in patch.trainable)
+    fastprompt.save(patch.model, tmp_path / "prompts")
+    found, _ = load_model(folder / "model", prompts=tmp_path / "prompts")
+    for name, p in patch.model.named_parameters():
+        assert torch.equal(p, found.get_parameter(name)), name
+    assert patch_of(found).given == patch.given and len(patch.given) == 4
+    assert not any(found.get_parameter(name).requires_grad for name in patch.given)
+    also, _ = load_model(
+        folder / "model", prompts=tmp_path / "prompts", projector=tmp_path / "stage1"
+    )
+    assert torch.equal(also.get_parameter(patch.given[0]), aligned.get_parameter(patch.given[0]))
+    alone, _ = load_model(folder / "model", projector=tmp_path / "stage1")
+    assert torch.equal(alone.get_parameter(patch.given[0]), aligned.get_parameter(patch.given[0]))
+    with pytest.raises(InputError, match=r"--projector: .*want a file"):
+        load_model(folder / "model", projector=tmp_path / "gone")
 
 
 def test_prompts_that_the_projector_sees_find_room(folder, tmp_path):
     model = tf.AutoModelForImageTextToText.from_pretrained(folder / "model")
     fastprompt.patch(model, M2PT(3, 2, visual_prompts="context"))
     fastprompt.save(model, tmp_path / "prompts")
-    options = Namespace(model=folder / "model", prompts=tmp_path / "prompts", chat_template=None)
-    vars(options).update(four_bit=False, dtype="float32", device="cpu")
-    model, processor = load_model(options)
+    model, processor = load_model(folder / "model", prompts=tmp_path / "prompts")
     image = Image.new("RGB", (16, 16))
     given = processor(images=image, text="<image>\nWhat is it?", return_tensors="pt")
     assert model(**given).logits.isfinite().all()
@@ -309,72 +297,6 @@ def test_prompts_want_a_model(folder, tmp_path, capsys):
     more = ("--predictions", tmp_path, "--prompts", tmp_path)
     with pytest.raises(SystemExit):
         run(folder, tmp_path, *more, model=False)
-    assert "want --prompts with --model" in capsys.readouterr().err
+    assert "want --prompts and --projector with --model" in capsys.readouterr().err
     with pytest.raises(ValueError, match="tasks: want some of"):
         load(["vsr", "gqa"], tmp_path)
-
-
-# ---- the judge ----
-
-
-def test_a_judge_is_a_score_more_and_goes_on_too(folder, tmp_path):
-    path = written(tmp_path / "p.jsonl", said_right(folder, ["vsr", "pope"]))
-    more = ("--predictions", path, "--judge", folder / "judge")
-    assert run(folder, tmp_path / "out", *more, tasks=("vsr", "pope"), model=False) == 0
-    verdicts = next((tmp_path / "out" / "verdicts").glob("pope-*.jsonl"))
-    rows = [json.loads(line) for line in verdicts.read_text().splitlines()]
-    assert len(rows) == 12 and results(tmp_path / "out")["tasks"]["pope"]["scores"]["judge"] == 0
-    rows[0]["prediction"] = "Yes."
-    verdicts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert run(folder, tmp_path / "out", *more, tasks=("vsr", "pope"), model=False) == 0
-    found = results(tmp_path / "out")["tasks"]["pope"]["scores"]
-    assert found["judge"] == pytest.approx(1 / 12) and found["accuracy"] == 1
-    path.write_text(path.read_text().replace('"yes"', '"Yes"', 1))  # other predictions, judged anew
-    assert run(folder, tmp_path / "out", *more, tasks=("vsr", "pope"), model=False) == 0
-    found = results(tmp_path / "out")
-    assert found["tasks"]["pope"]["scores"]["judge"] == 0
-    assert found["run"] == {"predictions": [str(path)], "judge": str(folder / "judge")}
-    assert found["versions"]["fastprompt"] == fastprompt.__version__
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-    more += ("--missing-is-wrong",)
-    assert run(folder, tmp_path / "few", *more, tasks=("vsr", "pope"), model=False) == 0
-    counts = [len(p.read_text().splitlines()) for p in (tmp_path / "few/verdicts").iterdir()]
-    assert sum(counts) == 12 + 3 - 1  # what is missing is not asked about
-
-
-# ---- results ----
-
-
-def test_mm_avg_is_the_mean_of_seven():
-    names = [name for name in ALL if name != "mme"]
-    found = {
-        name: Result(name, 9, 0, {"accuracy": n / 10, "judge": n / 20})
-        for n, name in enumerate(names)
-    }
-    found["mme"] = Result("mme", 9, 0, {"total": 1400.0})
-    assert mm_avg(found) == pytest.approx(0.3) and mm_avg(found, "judge") == pytest.approx(0.15)
-    assert found["mme"].headline == 0.5
-    del found["mnist"]
-    assert mm_avg(found) is None
-
-
-def test_a_radar_plot_of_several_runs(tmp_path):
-    runs = {"m2pt": dict(a=0.1, b=0.5, c=1.0), "vpt": dict(c=0.2, b=0.4, a=0.3)}
-    radar(runs, tmp_path / "r.png")
-    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
-    for bad in ({"m2pt": dict(a=1, b=1)}, runs | {"x": dict(a=1, b=1, d=1)}):
-        with pytest.raises(ValueError, match="the same three tasks"):
-            radar(bad, tmp_path / "no.png")
-
-
-def test_scores_are_also_a_table(folder, tmp_path):
-    path = written(tmp_path / "p.jsonl", said_right(folder, ["mme", "vsr"]))
-    assert run(folder, tmp_path, "--predictions", path, tasks=("mme", "vsr"), model=False) == 0
-    table = (tmp_path / "results.md").read_text()
-    assert "| mme | 28 | 0 | total 2800.0 |" in table and "| vsr | other | 0.000 |" in table
-    assert "| mme | OCR/acc+ | 1.000 |" in table
-
-
-def test_accuracy_is_of_the_questions_asked(folder):
-    questions = load(["vsr"], folder / "data")["vsr"].every
-    assert accuracy(questions[:2], {q.id: "true" for q in questions})["accuracy"] == 0.5

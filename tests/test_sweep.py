@@ -1,5 +1,6 @@
 """Sweeps of a tiny LLaVA: killed and gone on with, a run that fails, Ctrl-C, plans."""
 
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +19,7 @@ import yaml
 from runs import config_of, train
 
 from fastprompt.__main__ import main
-from fastprompt.sweep import read_plan, run_plan, running
+from fastprompt.sweep import Plan, read_plan, run_plan, running
 from fastprompt.sweep.running import state
 from fastprompt.train import TrainingError
 from fastprompt.train.progress import read_metrics
@@ -96,7 +97,7 @@ def test_killed_and_gone_on_with(shared, tmp_path, monkeypatch, capsys):
 
 
 def test_finished_runs_are_passed_over(shared, tmp_path, inline, capsys):
-    runs = dict(m2pt={}, wrong=dict(method="lorra"), text=dict(method="text"))
+    runs = dict(m2pt={}, wrong=dict(method="full", dtype="bfloat16"), text=dict(method="text"))
     plan = write(tmp_path / "p.yaml", base=TINY, runs=runs, seeds=[0, 1])
     command = ["sweep", plan, *options(shared, tmp_path / "out")]
     assert main([*command, "--list"]) == 0
@@ -201,6 +202,45 @@ def test_a_run_that_leaves_nothing_has_failed(plan, monkeypatch):
     assert len(report.failed) == 3 and "want a result" in report.failed["a seed 0"]
 
 
+def test_a_full_disk_fails_its_run_alone(plan, monkeypatch):
+    def call(self, command, log, environment):
+        if "/b/" in command[2]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return finish(command)
+
+    monkeypatch.setattr(running._Processes, "_call", call)
+    report = run_plan(plan, say=lambda text: None)
+    assert report.finished == ["a seed 0", "c seed 0"]
+    assert "No space left" in report.failed["b seed 0"]
+
+
+def test_a_trained_run_is_asked_again_what_it_was_not_asked(plan, monkeypatch):
+    called = []
+
+    def call(self, command, log, environment):
+        called.append(command[0])
+        if command[0] == "train":
+            return finish(command)
+        path = Path(command[command.index("--output") + 1], "results.json")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+
+    monkeypatch.setattr(running._Processes, "_call", call)
+
+    def run(*tasks, **more):
+        called.clear()
+        asks = Plan(plan.runs[:1], dict(tasks=[*tasks], data="b") | more)
+        assert run_plan(asks, say=lambda text: None).failed == {}
+        assert state(asks.runs[0], asks) == "finished"
+        return called
+
+    assert run("vsr") == ["train", "eval"]
+    assert run("vsr") == []
+    for tasks, more in ((["vsr", "pope"], {}), (["pope"], {}), (["pope"], dict(limit=3))):
+        assert run(*tasks, **more) == ["eval"] and run(*tasks, **more) == []
+    assert state(plan.runs[0], plan) == "finished"  # of a plan that asks nothing
+
+
 def test_a_failed_run_says_how_it_ended(plan, monkeypatch):
     def call(self, command, log, environment):
         log.write(b"one\n\ntwo\nthree\nfour \xff\n")
@@ -218,14 +258,33 @@ def test_a_failed_run_says_how_it_ended(plan, monkeypatch):
 
 def test_an_evaluation_has_the_runs_options(plan):
     config = plan.runs[0].config
-    config = type(config)(**vars(config) | dict(four_bit=True))
+    config = type(config)(**vars(config) | dict(four_bit=True, template="vicuna_v1"))
     run = type(plan.runs[0])("a", 0, config)
     found = running.evaluation(run, dict(tasks=["vsr", "pope"], data="b", max_new_tokens=4))
     assert found == [
         "eval", "--model", config.model, "--prompts", f"{config.out}/prompts", "--dtype", "float32",
-        "--output", f"{config.out}/eval", "--four-bit", "--tasks", "vsr", "pope", "--data", "b",
-        "--max-new-tokens", "4",
+        "--output", f"{config.out}/eval", "--four-bit", "--template", "vicuna_v1", "--tasks",
+        "vsr", "pope", "--data", "b", "--max-new-tokens", "4",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "template"),
+    [
+        (dict(template="vicuna_v1"), ["--template", "vicuna_v1"]),
+        (dict(method="projector"), ["--template", "plain"]),  # as it trains then
+        (dict(method="projector", template="chatml"), ["--template", "chatml"]),
+        (dict(), []),
+    ],
+)
+def test_an_evaluation_speaks_as_the_run_did(options, template, plan):
+    config = plan.runs[0].config
+    run = type(plan.runs[0])("a", 0, type(config)(**vars(config) | options))
+    found = running.evaluation(run, dict(questions=["q.jsonl"], images="i"))
+    end = ["--questions", "q.jsonl", "--images", "i"]
+    assert found[found.index(f"{config.out}/eval") + 1 :] == template + end
+    found = running.evaluation(run, dict(questions=["q.jsonl"], chat_template="c.jinja"))
+    assert "--template" not in found and found[-2:] == ["--chat-template", "c.jinja"]
 
 
 # ---- plans ----
@@ -262,6 +321,9 @@ def test_evaluations_of_a_plan(tmp_path):
     assert read_plan(path, "out", over=GIVEN).eval == {}  # no data, no evaluation
     plan = read_plan(path, "out", over=GIVEN, eval=dict(data="b", tasks=["pope"]))
     assert plan.eval == dict(tasks=["pope"], limit=3, data="b")
+    path = write(tmp_path / "q.yaml", eval=dict(tasks="vsr", questions="q.jsonl", images="i"))
+    plan = read_plan(path, "out", over=GIVEN)
+    assert plan.eval == dict(questions=["q.jsonl"], images="i")  # the tasks' files are not there
 
 
 @pytest.mark.parametrize(
@@ -285,6 +347,8 @@ def test_evaluations_of_a_plan(tmp_path):
         (dict(tune=dict(layers=["all"])), "tune: want rows held out"),
         (dict(eval=dict(task=["vsr"])), "eval: want some of tasks, .*; got task"),
         (dict(eval=dict(data="b")), "eval: want tasks beside data"),
+        (dict(runs=dict(a=dict(method="lorra"))), "a: method: want one of m2pt, .* got 'lorra'"),
+        (dict(base=dict(layers="top"), runs=dict(a=dict(method="lora"))), "layers: method 'lora'"),
         (dict(base=dict(init="he")), "init: want one of xavier, normal, prefill; got 'he'"),
     ],
 )

@@ -40,10 +40,10 @@ def finished(shared, tmp_path_factory):
     return folder
 
 
-def evaluated(folder, **counts):
-    tasks = {name: dict(count=n, headline=0.25 * (i + 1)) for i, (name, n) in
+def evaluated(folder, model=None, digest="d", **counts):
+    tasks = {name: dict(count=n, digest=digest, headline=0.25 * (i + 1)) for i, (name, n) in
              enumerate(counts.items())}  # fmt: skip
-    run = dict(score="exact", suffix="", max_new_tokens=16, model={})
+    run = dict(score="exact", suffix="", max_new_tokens=16, model=model or {})
     (folder / "eval").mkdir(exist_ok=True)
     (folder / "eval" / "results.json").write_text(json.dumps(dict(run=run, tasks=tasks)))
 
@@ -106,6 +106,19 @@ def test_what_no_table_may_hold(other, words):
     check_mixed([none, first, second])
     with pytest.raises(MixedRuns, match=words):
         check_mixed([none, first, replace(second, **other)])
+
+
+def test_runs_that_were_asked_otherwise_are_refused(finished, tmp_path):
+    """Other questions under one name, as many of them; the same in another template of the plan."""
+    for n, other in enumerate((dict(digest="e"), dict(model={"chat_template sha256": "f"}))):
+        folder = tmp_path / str(n)
+        shutil.copytree(finished, folder)
+        for name in ("a/seed-0", "a/seed-1", "b"):
+            evaluated(folder / name, own=10)
+        assert read_records([folder])
+        evaluated(folder / "b", **other, own=10)
+        with pytest.raises(MixedRuns, match="want the same questions"):
+            read_records([folder])
 
 
 def test_what_is_no_run(finished, tmp_path):
@@ -175,6 +188,33 @@ def test_the_best_of_what_was_tried(tmp_path):
         pick(runs, "learning_rate", "vsr")
     with pytest.raises(ValueError, match="want an option of training, got 'lr'"):
         pick(runs, "lr")
+
+
+def tried_at(rate, losses):
+    name = f"a,learning_rate={rate}"
+    return [record(name, s, dict(loss=x), learning_rate=rate) for s, x in losses.items()]
+
+
+def test_what_was_tried_is_compared_over_the_same_seeds():
+    runs = [*tried_at(0.1, {0: 1.0, 1: 1.0, 2: 9.0}), *tried_at(0.2, {0: 2.0, 1: 2.0})]
+    (row,) = summarise(pick(runs, "learning_rate"))
+    assert row.options["learning_rate"] == 0.1 and row.seeds == [0, 1, 2]
+    with pytest.raises(ValueError, match="want a tried with the same seeds, got 0; 1"):
+        pick([*tried_at(0.1, {0: 1.0}), *tried_at(0.2, {1: 1.0})], "learning_rate")
+
+
+def test_losses_that_are_not_finite(finished, tmp_path):
+    runs = [*tried_at(0.1, {0: None, 1: 0.1}), *tried_at(0.2, {0: 2.0, 1: 2.0})]
+    (row,) = summarise(pick(runs, "learning_rate"))
+    assert row.options["learning_rate"] == 0.2 and row.stats["loss"].mean == 2.0
+    (row,) = summarise(pick(tried_at(0.1, {0: None}), "learning_rate"))
+    assert "loss" not in row.stats
+    shutil.copytree(finished, tmp_path / "x")  # as a run writes it
+    path = tmp_path / "x" / "b" / "result.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | dict(held_out=dict(loss=None, accuracy=0.0))))
+    said = write_results(tmp_path / "out", read_records([tmp_path / "x"])).splitlines()
+    assert [line.endswith("| – | 0.0% |") for line in said[2:4]] == [False, True]
 
 
 # ---- pictures ----

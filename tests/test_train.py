@@ -2,12 +2,14 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 import fastprompt
 from fastprompt.__main__ import main
 from fastprompt.train import TrainingError, make_trainer, prepare_data, prepare_model, rerun
-from fastprompt.train.progress import read_metrics
+from fastprompt.train.progress import KeepBest, read_metrics
 from fastprompt.train.run_folder import last_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -102,12 +104,19 @@ def test_interrupted_and_resumed(name, shared, tmp_path):
     assert same(trained(result), trained(want))
 
 
+def test_a_signal_at_the_last_step_leaves_nothing_to_do(shared, tmp_path):
+    config = config_of(shared, tmp_path / "a", max_steps=3)
+    kill = At(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    result = train(config, callbacks=[kill])
+    assert not result.interrupted and (tmp_path / "a" / "prompts").exists()
+
+
 def test_resuming_wants_the_same_run(shared, tmp_path, capsys):
     config = config_of(shared, tmp_path / "a", max_steps=4)
     data = tmp_path / "d.jsonl"
     data.write_text((shared / "data.jsonl").read_text())
     config = replace(config, data=(str(data),), image_folder=str(shared))
-    train(config, resume=True)  # nothing is there yet: from the beginning
+    want = train(config, resume=True)  # nothing is there yet: from the beginning
     with pytest.raises(TrainingError, match="holds a run: go on with --resume"):
         train(config)
     with pytest.raises(TrainingError, match=r"learning_rate: 0.01, now 0.5"):
@@ -115,6 +124,10 @@ def test_resuming_wants_the_same_run(shared, tmp_path, capsys):
     # from the command line the options are the run's own
     assert main(["train", "--out", config.out, "--resume"]) == 0
     assert "resuming from checkpoint-4" in capsys.readouterr().out
+    # it had taken all its steps, and takes no other
+    again = train(config, resume=True)
+    assert sorted(again.losses) == [1, 2, 3, 4] and not again.interrupted
+    assert same(trained(again), trained(want))
     assert main(["train", "--out", config.out, "--resume", "--seed", "6"]) == 1
     assert "seed: 5, now 6" in capsys.readouterr().out
     data.write_text(data.read_text().replace("red", "blue"))
@@ -146,20 +159,30 @@ def test_rerun(shared, tmp_path, capsys):
         rerun(tmp_path, console=QUIET)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(shared, tmp_path, monkeypatch):
+def no_space(state, path):
+    Path(path).write_bytes(b"half of i")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "fail, words",
+    [
+        (no_space, "No space left"),
+        (lambda state, path: torch.serialization.save(state, "/dev/full"), "inline_container"),
+    ],
+    ids=["OSError", "torch's own"],
+)
+def test_a_full_disk_leaves_the_last_checkpoint(fail, words, shared, tmp_path, monkeypatch):
     config = config_of(shared, tmp_path / "a", max_steps=12)
     want = train(config)
 
     def full(state, path):
-        if "checkpoint-8" in str(path):
-            Path(path).write_bytes(b"half of i")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return save(state, path)
+        return fail(state, path) if "checkpoint-8" in str(path) else save(state, path)
 
     save = torch.save
     monkeypatch.setattr(torch, "save", full)
     config = replace(config, out=str(tmp_path / "b"))
-    message = r"step 8: its checkpoint could not be written: .*No space left[\s\S]*checkpoint-4"
+    message = rf"step 8: its checkpoint could not be written: .*{words}[\s\S]*checkpoint-4"
     with pytest.raises(TrainingError, match=message):
         train(config)
     left = sorted(p.name for p in (tmp_path / "b").iterdir())
@@ -167,6 +190,26 @@ def test_a_full_disk_leaves_the_last_checkpoint(shared, tmp_path, monkeypatch):
     monkeypatch.undo()
     result = train(config, resume=True)
     assert result.losses == want.losses and same(trained(result), trained(want))
+
+
+def test_what_else_goes_wrong_while_saving_is_no_full_disk(shared, tmp_path, monkeypatch):
+    def fail(state, path):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        train(config_of(shared, tmp_path / "a", max_steps=4))
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(shared, tmp_path):
+    model = prepare_model(config_of(shared, tmp_path)).model
+    keep, state = (
+        KeepBest(tmp_path, "loss"),
+        SimpleNamespace(global_step=1, is_world_process_zero=True),
+    )
+    for value, best in ((math.nan, None), (2.0, 2.0), (math.nan, 2.0), (1.0, 1.0)):
+        keep.on_evaluate(None, state, None, model=model, metrics={"eval_loss": value})
+        assert keep.read() == best
 
 
 def test_the_best_by_a_held_out_metric_is_kept(shared, tmp_path):

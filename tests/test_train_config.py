@@ -6,8 +6,8 @@ from dataclasses import fields
 import pytest
 
 from fastprompt.__main__ import main
-from fastprompt.train import TrainConfig
-from fastprompt.train.config import add_options, given_options, read_yaml
+from fastprompt.train import TrainConfig, preparing
+from fastprompt.train.config import METHODS, add_options, given_options, read_yaml
 
 LEAST = dict(model="m", data=["d.json"], out="o")
 
@@ -50,6 +50,12 @@ def test_each_option_is_on_the_command_line():
     [
         (dict(learnin_rate=1), "unknown option 'learnin_rate'; did you mean 'learning_rate'"),
         (dict(zzzz=1), "unknown option 'zzzz'; there are model"),
+        (dict(method="lorra"), "method: want one of m2pt, .*; got 'lorra'"),
+        (dict(method="lora", layers="top"), "layers: method 'lora' has none, .*; got 'top'"),
+        (dict(method="full", init="normal"), "init: method 'full' has none"),
+        (dict(method="full", visual_prompts="raw"), "visual_prompts: method 'full' has none"),
+        (dict(method="projector", train_lm_head=True), "train_lm_head: method 'projector' has"),
+        (dict(method="vpt", train_projector=False), "train_projector: method 'vpt' has none"),
         (dict(dtype="int8"), "dtype: want one of bfloat16, float32; got 'int8'"),
         (dict(batch_size=0), "batch_size: want 1 or more, got 0"),
         (dict(batch_size=2.5), "batch_size: want a whole number, got 2.5"),
@@ -66,6 +72,14 @@ def test_each_option_is_on_the_command_line():
 def test_a_wrong_option_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig.of(LEAST | change)
+
+
+def test_methods_are_made_by_their_names():
+    assert preparing._MAKES.keys() == METHODS.keys()
+    other = dict(layers="top", init="normal", visual_prompts="raw")
+    other |= dict(train_projector=False, train_lm_head=True)
+    for method, reads in METHODS.items():
+        TrainConfig(**LEAST, method=method, text_tokens=3, **{name: other[name] for name in reads})
 
 
 def test_a_missing_option_is_named():

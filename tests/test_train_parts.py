@@ -11,22 +11,31 @@ from types import SimpleNamespace
 
 import conversations
 import pytest
+import tiny
 import torch
+import zoo
 from rich.console import Console
 from runs import QUIET, At, config_of, same, train, trained
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, TrainerCallback, TrainingArguments
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 import fastprompt
 from fastprompt.__main__ import main
+from fastprompt.loading import four_bit
 from fastprompt.train import (
     TrainingError,
     make_trainer,
     prepare_data,
     prepare_model,
     preparing,
+    progress,
+    run,
+    showing,
 )
 from fastprompt.train import train as train_aloud
+from fastprompt.train import trainer as trainer_file
 from fastprompt.train.progress import read_metrics
+from fastprompt.train.rows import Problem
 
 
 def test_held_out_loss_and_accuracy_are_of_rows(shared, tmp_path):
@@ -109,16 +118,19 @@ def test_methods_train_what_they_name(method, shared, tmp_path):
     assert parts == METHODS[method]
 
 
+def test_a_prefix_has_its_own_layers_and_beginning(shared, tmp_path):
+    options = dict(method="prefix", text_tokens=50)
+    first = prepare_model(config_of(shared, tmp_path, layers="first", **options)).prompts
+    (std,) = (p.tokens.std().item() for p in first.values())
+    assert std == pytest.approx(1, rel=0.1)  # as PEFT's, where nothing is said
+    prompts = prepare_model(config_of(shared, tmp_path, init="xavier", **options)).prompts
+    assert len(prompts) > 1 and all(p.tokens.abs().max() < 0.5 for p in prompts.values())
+
+
 def test_rows_are_no_longer_than_the_model_reads(shared, tmp_path):
     """Its context is 512 tokens."""
     assert prepare_data(config_of(shared, tmp_path), QUIET).max_length == 512
     assert prepare_data(config_of(shared, tmp_path, max_length=90), QUIET).max_length == 90
-
-
-def test_an_unknown_method_is_named(shared, tmp_path):
-    config = config_of(shared, tmp_path, method="lorra")
-    with pytest.raises(TrainingError, match=r"want one of m2pt, .*; got 'lorra'"):
-        train(config)
 
 
 def test_stage_1_speaks_plainly(shared, tmp_path):
@@ -133,12 +145,24 @@ def test_four_bit(shared, tmp_path):
     model = result.model
     assert model.model.language_model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     dense = AutoModelForImageTextToText.from_pretrained(config.model)
-    exact = dense.model.multi_modal_projector.linear_2.bias  # the projector began as it was
-    moved = (model.model.multi_modal_projector.linear_2.bias - exact).abs().max()
-    assert 0 < moved < 0.05
+    exact = dense.model.multi_modal_projector.linear_2.weight
     prepare = prepare_model(replace(config, out="b"))
+    began = prepare.model.model.multi_modal_projector.linear_2.weight
+    assert torch.equal(began, exact)  # it was never in 4 bits
+    assert not torch.equal(model.model.multi_modal_projector.linear_2.weight, exact)
     fastprompt.load(prepare.model, tmp_path / "a" / "prompts")
     assert same({n: p.detach() for n, p in prepare.trainable.items()}, trained(result))
+
+
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_vl", "idefics3"])
+def test_projectors_are_not_loaded_in_four_bit(name):
+    model = zoo.build(name)
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    dense = four_bit(torch.bfloat16).llm_int8_skip_modules
+    whole = {n for n in names if not should_convert_module(n, dense)}
+    projector = fastprompt.families.anatomy(model).parts["projector"]
+    assert whole == {n for n in names if n.startswith(projector) or n == "lm_head"}
+    assert len(whole) > 1
 
 
 def test_a_loss_that_is_none_is_fatal_or_skipped(shared, tmp_path):
@@ -181,6 +205,61 @@ def test_a_loss_that_is_none_is_fatal_or_skipped(shared, tmp_path):
     assert all(p.isfinite().all() for p in patch.trainable.values())
 
 
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_leaves_its_step_out(clip, shared, tmp_path):
+    config = config_of(shared, tmp_path, max_steps=4, on_nan="skip", clip=clip, save_every=0)
+    data, patch, calls = prepare_data(config, QUIET), prepare_model(config), []
+
+    def spoil(grad):
+        calls.append(1)
+        return grad * torch.inf if len(calls) == 3 else grad
+
+    prompt = next(iter(patch.prompts.values())).tokens
+    prompt.register_hook(spoil)
+    seen = []
+    watch = [At(i, lambda: seen.append(prompt.detach().clone())) for i in (2, 3, 4)]
+    trainer = make_trainer(config, data, patch, watch)
+    trainer.train()
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    (said,) = trainer.skipped
+    assert said.startswith("step 3: the gradient is not finite; its rows: row-0-")
+
+
+def test_one_process_takes_one_card_of_several(shared, tmp_path, monkeypatch):
+    def on_cards(**options):
+        return TrainingArguments(**options | dict(use_cpu=False))
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(trainer_file, "TrainingArguments", on_cards)
+    assert on_cards(output_dir=str(tmp_path)).n_gpu == 2  # which Trainer would wrap
+    assert trainer_file.arguments(config_of(shared, tmp_path)).n_gpu == 1
+
+
+def test_memory_is_trainings(shared, tmp_path, monkeypatch):
+    used = [1]
+
+    class Evaluates(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            used[0] = 9
+
+    used[0] = 5  # what loading and prefill took
+    monkeypatch.setattr(progress, "peak_memory", lambda: used[0])
+    monkeypatch.setattr(progress, "forget_peak", lambda: used.__setitem__(0, 1))
+    config = config_of(shared, tmp_path, max_steps=4, save_every=2, hold_out=4)
+    train(config, callbacks=[Evaluates()])
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    assert {e["memory"] for e in entries if "loss" in e} == {1}
+    assert [e["memory"] for e in entries if "eval_loss" in e] == [9, 9]
+    assert json.loads((tmp_path / "result.json").read_text())["memory"] == 1
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_tokens_of_an_image_in_the_estimate(vision):
+    tower = tiny.llava(vision=vision).model.vision_tower
+    states = tower(torch.zeros(1, 3, 16, 16)).last_hidden_state
+    assert showing._image_tokens(tower) == states.shape[1]
+
+
 def test_images_that_break_while_training(shared, tmp_path):
     folder = tmp_path / "d"
     rows = conversations.rows(folder, 6)
@@ -203,6 +282,14 @@ def test_images_that_break_while_training(shared, tmp_path):
     config = replace(config, out=str(tmp_path / "b"), on_bad_row="fatal")
     with pytest.raises(TrainingError, match=r"bad row: .*d\.jsonl:\d: missing image"):
         train(config, callbacks=[At(1, break_them)])
+
+
+def test_bad_rows_of_all_processes_are_listed(shared, tmp_path, monkeypatch):
+    others = [Problem("d.jsonl:9", "row-9", "missing image", "gone")]
+    monkeypatch.setattr(run, "of_all", lambda mine: mine + others)
+    result = train(config_of(shared, tmp_path, max_steps=1, save_every=0))
+    assert list(result.problems) == others
+    assert "d.jsonl:9" in (tmp_path / "bad_rows.jsonl").read_text()
 
 
 def test_bad_rows_are_left_out_and_listed(shared, tmp_path, capsys):

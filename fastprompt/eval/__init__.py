@@ -1,6 +1,6 @@
 """Evaluation: benchmarks from their own files on disk, greedy or ranked answers, scores."""
 
-from fastprompt.eval.benchmarks import BENCHMARKS, Benchmark
+from fastprompt.eval.benchmarks import BENCHMARKS, Benchmark, vqa
 from fastprompt.eval.evaluation import Run, evaluate
 from fastprompt.eval.questions import InputError, Question
 from fastprompt.eval.results import Result, mm_avg, radar
@@ -15,4 +15,5 @@ __all__ = [
     "evaluate",
     "mm_avg",
     "radar",
+    "vqa",
 ]

@@ -14,6 +14,12 @@ def plain(text: str) -> str:
     return " ".join(text.lower().split()).strip(" .,!?;:'\"`")
 
 
+def right(questions: list[Question], predictions: Predictions) -> list[float]:
+    """1.0 where the prediction is one of the answers after `plain`, else 0.0."""
+    said = ((predictions[q.id], q.answers) for q in questions)
+    return [float(s is not None and plain(s) in map(plain, answers)) for s, answers in said]
+
+
 def accuracy(questions: list[Question], predictions: Predictions) -> dict[str, float]:
     """Exact match after `plain`, and how many predictions are no answer at all.
 
@@ -22,12 +28,12 @@ def accuracy(questions: list[Question], predictions: Predictions) -> dict[str, f
         question. An untuned model that fails the format alone has a high one.
     """
     known = {plain(form) for q in questions for form in (*q.answers, *q.options)}
-    right = other = 0
-    for q in questions:
-        said = predictions[q.id]
-        right += said is not None and plain(said) in map(plain, q.answers)
-        other += said is None or plain(said) not in known
-    return {"accuracy": right / len(questions), "other": other / len(questions)}
+    said = [predictions[q.id] for q in questions]
+    other = sum(text is None or plain(text) not in known for text in said)
+    return {
+        "accuracy": sum(right(questions, predictions)) / len(questions),
+        "other": other / len(questions),
+    }
 
 
 # ---- TextVQA ----

@@ -1,6 +1,7 @@
 """Greedy answers of a vision-language model, several questions at once, padded on the left."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from fastprompt.eval.questions import InputError, Question
+from fastprompt.train.rows import IMAGE, BadRow
+from fastprompt.train.templates import ChatTemplate, NoTemplate
 
 # what LLaVA-1.5 was trained to answer briefly after, and is evaluated with
 SUFFIX = "Answer the question using a single word or phrase."
@@ -19,15 +22,26 @@ GREEDY = dict(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=
 def conversation(processor: ProcessorMixin, text: str, answer: str | None = None) -> str:
     """The processor's chat template around an image and ``text``, and around an answer if given.
 
+    As training has it: without an answer it ends where training's answers begin.
+
     Raises:
-        InputError: the processor has no chat template.
+        InputError: the processor has no chat template or image token, or a template that refuses
+            the conversation.
     """
-    if not processor.chat_template:
-        raise InputError("want a processor with a chat template (--chat-template FILE gives one)")
-    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-    if answer is not None:
-        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return processor.apply_chat_template(turns, add_generation_prompt=answer is None)
+    turns = [("user", f"{IMAGE}\n{text}")] + [("assistant", answer)] * (answer is not None)
+    try:
+        return _template(processor, processor.chat_template).text(turns)
+    except BadRow as bad:
+        raise InputError(f"the chat template: {bad.reason}") from bad
+    except NoTemplate as error:
+        raise InputError(f"{error} (--template NAME or --chat-template FILE gives one)") from error
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+@lru_cache(maxsize=1)
+def _template(processor: ProcessorMixin, jinja: str | None) -> ChatTemplate:
+    return ChatTemplate(processor, "auto", image_tokens=1)  # reads ``jinja`` off the processor
 
 
 def special_tokens(processor: ProcessorMixin, prompt: str) -> dict[str, bool]:

@@ -6,7 +6,6 @@ lmms-eval finds `manifest` by the entry point "lmms_eval.models". Without lmms-e
 be imported, and its class not be made.
 """
 
-from argparse import Namespace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastprompt.eval.generate import generate
+from fastprompt.eval.loading import load_model
 from fastprompt.eval.rank import log_likelihoods
-from fastprompt.eval.run import load_model
 
 try:
     from lmms_eval.api.model import lmms
@@ -36,9 +35,9 @@ class FastPrompt(lmms or object):
 
     Args:
         pretrained: hub id or folder.
-        prompts: folder of `fastprompt.save`; "" for none.
+        prompts: folder of `fastprompt.save`; projector: a file; "" for none.
         batch_size, device: as lmms-eval gives them.
-        four_bit, dtype, chat_template: as ``fastprompt eval`` has them.
+        four_bit, dtype, chat_template, template: as ``fastprompt eval`` has them.
     """
 
     is_simple = True
@@ -47,11 +46,13 @@ class FastPrompt(lmms or object):
         self,
         pretrained: str,
         prompts: str = "",
+        projector: str = "",
         batch_size: int | str = 1,
         device: str = "cuda",
         four_bit: bool = False,
         dtype: str = "auto",
         chat_template: str = "",
+        template: str = "",
         max_batch_size: int | None = None,  # given to every model; batches are not searched for
     ) -> None:
         if lmms is None:
@@ -59,14 +60,14 @@ class FastPrompt(lmms or object):
         super().__init__()
         self.batch_size = int(batch_size)
         self._model, self._processor = load_model(
-            Namespace(
-                model=pretrained,
-                prompts=Path(prompts) if prompts else None,
-                chat_template=Path(chat_template) if chat_template else None,
-                four_bit=four_bit,
-                dtype=dtype,
-                device=device,
-            )
+            pretrained,
+            prompts=Path(prompts) if prompts else None,
+            projector=Path(projector) if projector else None,
+            chat_template=Path(chat_template) if chat_template else None,
+            template=template or None,
+            four_bit=four_bit,
+            dtype=dtype,
+            device=device,
         )
         self._model.eval()
 
@@ -94,7 +95,12 @@ class FastPrompt(lmms or object):
         return [_cut(text, given.get("until")) for text, given in zip(new, options, strict=True)]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether it is the greedy one."""
+        """The loss of each continuation (the mean of its tokens' negative log-likelihoods, low is
+        likely), and whether it is the greedy one.
+
+        In spite of the name: lmms-eval's models return their loss here, and its multiple choice
+        takes the option of the least.
+        """
         return [self._loglikelihood(*r.args) for r in tqdm(requests)]
 
     def _loglikelihood(self, context, target, doc_to_visual, doc_id, task, split):
@@ -103,7 +109,7 @@ class FastPrompt(lmms or object):
         image = self._image(doc_to_visual, doc_id, task, split)
         args = self._model, self._processor, image, _text(context)
         tokens, greedy = log_likelihoods(*args, (target.strip(),))[0]
-        return tokens.sum().item(), greedy
+        return -tokens.mean().item(), greedy
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Not served: prompts are tuned and evaluated on one question about one image."""

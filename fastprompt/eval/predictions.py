@@ -1,19 +1,26 @@
-"""Predictions on disk: a JSON object a line, ``{"id": …, "prediction": …}``, in any order."""
+"""Predictions on disk: a JSON object a line, ``{"id": …, "prediction": …}``, in any order.
+
+Our own have the question's digest as well, ``"asked"``, since one's own questions may be edited.
+"""
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 
 from fastprompt.eval.questions import InputError, Question, json_lines
 
 
-def read(paths: list[Path], known: Collection[str]) -> dict[str, str]:
+def read(paths: list[Path], known: Mapping[str, Question]) -> dict[str, str]:
     """{id: prediction} of all files.
 
+    Args:
+        known: questions by their ids.
+
     Raises:
-        InputError: a line is not of the format, an id is not among ``known`` or stands twice.
+        InputError: a line is not of the format, its id is not among ``known`` or stands twice, or
+            it answers what is no longer asked.
     """
     found: dict[str, str] = {}
     for where, row in chain.from_iterable(map(json_lines, paths)):
@@ -24,13 +31,15 @@ def read(paths: list[Path], known: Collection[str]) -> dict[str, str]:
             raise InputError(f"{where}: want text for id and prediction, got {name!r} and {said!r}")
         if name not in known:
             raise InputError(f"{where}: no question has the id {name!r}")
+        if row.get("asked", known[name].digest) != known[name].digest:
+            raise InputError(f"{where}: {name!r} was another question then: want it asked anew")
         if name in found:
             raise InputError(f"{where}: a second prediction for {name!r}")
         found[name] = said
     return found
 
 
-def resume(path: Path, known: Collection[str]) -> dict[str, str]:
+def resume(path: Path, known: Mapping[str, Question]) -> dict[str, str]:
     """What an interrupted run left; a last line that it did not finish is cut off."""
     if not path.exists() or not path.stat().st_size:
         return {}
@@ -40,11 +49,12 @@ def resume(path: Path, known: Collection[str]) -> dict[str, str]:
     return read([path], known) if b"\n" in text else {}
 
 
-def append(path: Path, said: dict[str, str]) -> None:
+def append(path: Path, said: dict[str, str], known: Mapping[str, Question]) -> None:
     """Add lines at the end, on disk when this returns."""
     with open(path, "a", encoding="utf-8") as file:
         for name, text in said.items():
-            file.write(json.dumps({"id": name, "prediction": text}, ensure_ascii=False) + "\n")
+            line = {"id": name, "prediction": text, "asked": known[name].digest}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

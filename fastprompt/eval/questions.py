@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Question:
         options: what rank scoring chooses from; the first form of each answer. () if it is open.
         group: the subtask or category that is scored apart.
         where: file and line it was read from, for messages.
+        blank: a colour (RGB) that stands in for every pixel of the image.
     """
 
     id: str
@@ -35,9 +37,21 @@ class Question:
     options: tuple[str, ...] = ()
     group: str = ""
     where: str = ""
+    blank: tuple[int, int, int] | None = None
+
+    @property
+    def digest(self) -> str:
+        """A short hash of what is asked: text, options, name of the image's file."""
+        image = self.image.name if isinstance(self.image, Path) else ""
+        asked = json.dumps([self.text, self.options, image])
+        return sha256(asked.encode()).hexdigest()[:8]
 
     def open(self) -> Image.Image:
         """The image, RGB. Raises InputError if it is not there or broken."""
+        image = self._opened()
+        return image if self.blank is None else Image.new("RGB", image.size, self.blank)
+
+    def _opened(self) -> Image.Image:
         if isinstance(self.image, Image.Image):
             return self.image.convert("RGB")
         try:
@@ -57,6 +71,12 @@ def collect(questions: Iterable[Question], name: str) -> list[Question]:
     if not found:
         raise InputError(f"{name}: want questions, found none")
     return list(found.values())
+
+
+def digest(questions: list[Question]) -> str:
+    """A short hash of what is asked and what is right, in any order."""
+    each = sorted([q.id, q.digest, q.group, q.answers] for q in questions)
+    return sha256(json.dumps(each).encode()).hexdigest()[:16]
 
 
 def check_images(questions: list[Question]) -> None:

@@ -1,7 +1,7 @@
 """What a run scored, as JSON, as Markdown and as a radar plot."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import fastprompt
-from fastprompt.eval.benchmarks import BENCHMARKS, MM_AVG
+from fastprompt.eval.benchmarks import MM_AVG
 from fastprompt.files import replace
 
 
@@ -21,20 +21,26 @@ class Result:
     Attributes:
         task: its name.
         count: questions scored.
+        digest: of these questions (`questions.digest`).
         missing: of them without a prediction, counted as wrong.
         scores: name -> score; fractions, but for MME's points.
+        intervals: name -> 95% interval over images, of those scores that have one.
+        compared: the name of the task's one score; ``full`` is its highest value.
     """
 
     task: str
     count: int
+    digest: str
     missing: int
     scores: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    compared: str = "accuracy"
+    full: float = 1.0
 
     @property
     def headline(self) -> float:
         """The task's one score as a fraction of its highest value."""
-        benchmark = BENCHMARKS[self.task]
-        return self.scores[benchmark.headline] / benchmark.full
+        return self.scores[self.compared] / self.full
 
 
 def mm_avg(results: dict[str, Result], score: str = "accuracy") -> float | None:
@@ -49,7 +55,11 @@ def mm_avg(results: dict[str, Result], score: str = "accuracy") -> float | None:
 
 
 def write(folder: Path, results: dict[str, Result], about: dict[str, Any]) -> None:
-    """``results.json``, ``results.md`` and, of three tasks and more, ``radar.png``."""
+    """``results.json``, ``results.md`` and, of three tasks and more, ``radar.png``.
+
+    Args:
+        about: the run; what is ``"blank"`` in it is said in the table.
+    """
     averages = {"mm_avg": mm_avg(results), "mm_avg_judge": mm_avg(results, "judge")}
     averages = {name: value for name, value in averages.items() if value is not None}
     tasks = {name: asdict(r) | {"headline": r.headline} for name, r in results.items()}
@@ -58,26 +68,31 @@ def write(folder: Path, results: dict[str, Result], about: dict[str, Any]) -> No
     replace(
         folder / "results.json", lambda part: part.write_text(json.dumps(whole, indent=1) + "\n")
     )
-    text = markdown(results, averages)
+    text = markdown(results, averages, blank=about.get("blank", False))
     replace(folder / "results.md", lambda part: part.write_text(text))
     if len(results) >= 3:
         radar({"": {name: r.headline for name, r in results.items()}}, folder / "radar.png")
 
 
-def markdown(results: dict[str, Result], averages: dict[str, float]) -> str:
+def markdown(results: dict[str, Result], averages: dict[str, float], *, blank: bool = False) -> str:
     """A table of the tasks, and one of every score."""
-    lines = ["| task | questions | missing | score |", "|---|---|---|---|"]
+    task = "task, on blank images" if blank else "task"
+    lines = [f"| {task} | questions | missing | score | 95% |", "|---|---|---|---|---|"]
     for name, r in results.items():
-        key = BENCHMARKS[name].headline
-        lines.append(f"| {name} | {r.count} | {r.missing} | {key} {_number(r.scores[key])} |")
-    lines += [f"| {name} | | | {_number(value)} |" for name, value in averages.items()]
-    lines += ["", "| task | score | value |", "|---|---|---|"]
+        score = f"{r.compared} {_number(r.scores[r.compared])} | {_interval(r, r.compared)}"
+        lines.append(f"| {name} | {r.count} | {r.missing} | {score} |")
+    lines += [f"| {name} | | | {_number(value)} | |" for name, value in averages.items()]
+    lines += ["", f"| {task} | score | value | 95% |", "|---|---|---|---|"]
     lines += [
-        f"| {name} | {score} | {_number(value)} |"
+        f"| {name} | {score} | {_number(value)} | {_interval(r, score)} |"
         for name, r in results.items()
         for score, value in r.scores.items()
     ]
     return "\n".join(lines) + "\n"
+
+
+def _interval(result: Result, score: str) -> str:
+    return " to ".join(map(_number, result.intervals.get(score, ())))
 
 
 def _number(value: float) -> str:

@@ -1,30 +1,21 @@
 """``fastprompt eval``: benchmarks from their own files, a model or its predictions, scores."""
 
 import argparse
+import gc
 import hashlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
 
-from fastprompt import checkpoint
 from fastprompt.eval import predictions
-from fastprompt.eval.benchmarks import BENCHMARKS
-from fastprompt.eval.evaluation import EXACT, SCORES, Run, load, predict, score
+from fastprompt.eval.benchmarks import BENCHMARKS, vqa
+from fastprompt.eval.evaluation import EXACT, SCORES, Run, folder_of, load, predict, score
 from fastprompt.eval.generate import SUFFIX
-from fastprompt.eval.questions import InputError
-from fastprompt.patching import patch_of
+from fastprompt.eval.loading import DTYPES, load_judge, load_model
+from fastprompt.eval.questions import InputError, check_images
+from fastprompt.train.templates import NAMED
 
 DESCRIPTION = "Scores of a model, or of its predictions, on benchmarks from their own files."
 
@@ -42,25 +33,45 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompts", type=Path, help="folder of fastprompt.save, put into --model")
     parser.add_argument(
+        "--projector", type=Path, help="of stage 1, or mm_projector.bin: put in first"
+    )
+    parser.add_argument(
         "--tasks",
         nargs="+",
-        required=True,
+        default=[],
         metavar="TASK",
         choices=list(BENCHMARKS),
         help=", ".join(BENCHMARKS),
     )
-    parser.add_argument("--data", type=Path, required=True, help="has a folder for each task")
+    parser.add_argument("--data", type=Path, help="has a folder for each of --tasks")
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="one's own, .json or .jsonl: each a task by the file's name",
+    )
+    parser.add_argument("--images", type=Path, help="of --questions; else beside the file")
     parser.add_argument("--output", type=Path, required=True, help="results, and how far it got")
     parser.add_argument("--score", choices=SCORES, default=EXACT, help="exact match or ranking")
     parser.add_argument("--suffix", default=SUFFIX, help='after each question; "" for none')
     parser.add_argument("--max-new-tokens", type=_count, default=16, help="of a greedy answer")
+    parser.add_argument("--blank", action="store_true", help="show blank images, into OUTPUT/blank")
     parser.add_argument("--limit", type=_count, help="questions of each group")
     parser.add_argument("--batch", type=_count, default=8, help="questions (or options) at once")
     parser.add_argument("--missing-is-wrong", action="store_true", help="or it is an error")
     parser.add_argument("--judge", help="a language model (Vicuna 13B v1.5) that judges as well")
-    parser.add_argument("--chat-template", type=Path, help="a Jinja file, for the processor")
+    template = parser.add_mutually_exclusive_group()
+    template.add_argument("--chat-template", type=Path, help="a Jinja file, for the processor")
+    template.add_argument("--template", choices=list(NAMED), help="or one by name, as train's")
     parser.add_argument("--four-bit", action="store_true", help="NF4 weights")
-    parser.add_argument("--dtype", default="auto", help="of the weights: bfloat16, float32, …")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the weights; auto: the checkpoint's, under --four-bit bfloat16",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
@@ -75,8 +86,16 @@ def main(arguments: list[str]) -> int:
     """0; 1 with a message if files are not what they should be."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.predictions and options.prompts:
-        parser.error("want --prompts with --model; --predictions are of a model already")
+    if options.predictions and (options.prompts or options.projector):
+        parser.error(
+            "want --prompts and --projector with --model; --predictions are of one already"
+        )
+    if not options.tasks and not options.questions:
+        parser.error("want --tasks or --questions")
+    if options.tasks and not options.data:
+        parser.error("want --data with --tasks")
+    if options.predictions and options.blank:
+        parser.error("want --blank with --model; --predictions are of images already")
     try:
         _run(options)
     except (InputError, OSError) as error:
@@ -86,30 +105,39 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    tasks = load(options.tasks, options.data, options.limit)
+    own = [vqa(path, options.images) for path in options.questions]
+    tasks = load([*options.tasks, *own], options.data, options.limit)
+    weights = dict(four_bit=options.four_bit, dtype=options.dtype, device=options.device)
+    output = options.output
     if options.model:
         told = {name: str(getattr(options, name)) for name in ("model", "four_bit", "dtype")}
-        files = {"prompts": options.prompts, "chat_template": options.chat_template}
+        told |= {"template": options.template} if options.template else {}
+        files = {name: getattr(options, name) for name in ("prompts", "projector", "chat_template")}
         told |= {f"{name} sha256": _sha256(path) for name, path in files.items() if path}
-        run = Run(options.score, options.suffix, options.max_new_tokens, told)
-        model, processor = load_model(options)
-        said = predict(model, processor, tasks, options.output, run=run, batch=options.batch)
-        about = asdict(run)
+        run = Run(options.score, options.suffix, options.max_new_tokens, options.blank, told)
+        for task in tasks.values():  # what can be known to be wrong is, before a large model loads
+            check_images(task.wanted)
+        model, processor = load_model(options.model, template=options.template, **files, **weights)
+        run = run.of(model, processor)
+        said = predict(model, processor, tasks, output, run=run, batch=options.batch)
+        output, about = folder_of(output, run), asdict(run)
         del model  # a judge may want the room
+        gc.collect()  # a model and its patch hold each other
+        torch.cuda.empty_cache()
     else:
-        known = {q.id for task in tasks.values() for q in task.every}
+        known = {q.id: q for task in tasks.values() for q in task.every}
         said = predictions.read(options.predictions, known)
         about = {"predictions": list(map(str, options.predictions))}
     results = score(
         tasks,
         said,
-        options.output,
+        output,
         about=about | ({"judge": options.judge} if options.judge else {}),
         missing_is_wrong=options.missing_is_wrong,
-        by=load_judge(options) if options.judge else None,
+        by=load_judge(options.judge, **weights) if options.judge else None,
         batch=options.batch,
     )
-    print((options.output / "results.md").read_text().split("\n\n")[0])
+    print((output / "results.md").read_text().split("\n\n")[0])
     if len(results) < 3:
         print("no radar plot: it wants three tasks")
 
@@ -118,45 +146,3 @@ def _sha256(path: Path) -> str:
     """Of a file, or of the weights in a folder."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def load_model(options: argparse.Namespace) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model of ``--model`` with ``--prompts`` in it, and its processor."""
-    processor = AutoProcessor.from_pretrained(options.model)
-    _pads(processor.tokenizer)
-    if options.chat_template:
-        processor.chat_template = options.chat_template.read_text()
-    model = AutoModelForImageTextToText.from_pretrained(options.model, **_weights(options))
-    if options.prompts:
-        try:
-            checkpoint.load(model, options.prompts)
-        except ValueError as error:
-            raise InputError(f"--prompts: {error}") from error
-        patch = patch_of(model)
-        if patch.method.shown() != "drop":
-            patch.prepare(processor)  # prompts that the projector sees make an image longer
-    return model, processor
-
-
-def load_judge(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The language model of ``--judge`` and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(options.judge)
-    _pads(tokenizer)
-    return AutoModelForCausalLM.from_pretrained(
-        options.judge, **_weights(options)
-    ).eval(), tokenizer
-
-
-def _weights(options: argparse.Namespace) -> dict:
-    given = {"dtype": options.dtype, "device_map": options.device}
-    if options.four_bit:
-        dtype = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
-        given["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    return given
-
-
-def _pads(tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.pad_token is None:  # any token will do where the mask hides it
-        tokenizer.pad_token = tokenizer.eos_token

@@ -78,7 +78,8 @@ def _list(plan: Plan, console: Console) -> None:
     check_begun(plan)
     for run in plan.runs:
         _say(console, f"{state(run, plan):<9} {run.label}")
-    tasks = " ".join(plan.eval.get("tasks", [])) or "none, for want of --benchmarks and tasks"
+    asked = [*plan.eval.get("tasks", []), *plan.eval.get("questions", [])]
+    tasks = " ".join(asked) or "none, for want of --benchmarks and tasks"
     _say(console, f"{len(plan.runs)} runs; tasks after training: {tasks}")
 
 

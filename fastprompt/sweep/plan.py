@@ -23,7 +23,9 @@ import yaml
 from fastprompt.train.config import TrainConfig, check_names
 
 KEYS = ("about", "base", "runs", "grid", "tune", "seeds", "eval")
-EVAL = ("tasks", "data", "score", "suffix", "max_new_tokens", "limit", "batch")
+EVAL = ("tasks", "data", "questions", "images")  # what is asked
+EVAL += ("score", "suffix", "max_new_tokens", "limit", "batch", "chat_template")  # and how
+LISTS = ("tasks", "questions")
 _OURS = ("out", "seed")  # of each run
 _NAME = re.compile(r"[\w.,=+-]+")
 
@@ -73,7 +75,7 @@ def read_plan(
         path: of the YAML.
         out: the sweep's folder; a run's is ``out/NAME/seed-S``.
         over: options that go before the plan's ``base``.
-        seeds, eval: likewise. Without ``eval["data"]`` nothing is evaluated.
+        seeds, eval: likewise. Without ``eval["data"]`` tasks are left out.
 
     Raises:
         ValueError: not such a YAML, an unknown key or option, a wrong or a missing one.
@@ -102,7 +104,7 @@ def read_plan(
     if tune and not all(run.config.evaluates for run in runs):
         raise ValueError(f"{path}: tune: want rows held out (hold_out or eval_data), got none")
     asked = _asked((plan.get("eval") or {}) | dict(eval or {}), path)
-    return Plan(runs, asked if "data" in asked else {}, next(iter(tune), None))
+    return Plan(runs, asked, next(iter(tune), None))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -173,4 +175,7 @@ def _asked(given: dict[str, Any], path: Path) -> dict[str, Any]:
         )
     if "data" in given and not given.get("tasks"):
         raise ValueError(f"{path}: eval: want tasks beside data, got none")
-    return given
+    given = {k: [v] if k in LISTS and isinstance(v, str) else v for k, v in given.items()}
+    if "data" not in given:
+        given = {name: value for name, value in given.items() if name != "tasks"}
+    return given if given.keys() & {"tasks", "questions"} else {}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # where runs lie, what they print: differences that are none of the comparison's
 _ASIDE = {
     "out", "seed", "init_seed", "order_seed", "subset_seed", "model", "data", "image_folder",
-    "eval_data", "projector", "workers", "tensorboard", "log_every", "save_every", "keep",
+    "eval_data", "projector", "workers", "tensorboard", "save_every", "keep",
 }  # fmt: skip
 _POLYGONS = 8  # more cannot be told apart
 

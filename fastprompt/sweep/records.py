@@ -31,11 +31,13 @@ class Record:
         options: of `TrainConfig`.
         data: hashes of its data, and how many rows were held out of it.
         base: a sample of its frozen model.
-        asked: how the tasks were asked, and how many questions each had; {} if none were.
+        asked: how the tasks were asked, and of each how many questions and their hash; {} if none
+            were.
         trainable, parameters: numbers that train, and of all.
         seconds: of training, evaluations included.
-        memory: peak, in bytes.
-        scores: held-out "loss" and "accuracy", each task's score from 0 to 1, `MEAN`.
+        memory: peak of training, in bytes; without a card, of the whole process.
+        scores: held-out "loss" and "accuracy", each task's score from 0 to 1, `MEAN`; None where it
+            is not finite.
         machine: card or processor.
     """
 
@@ -49,7 +51,7 @@ class Record:
     parameters: int
     seconds: float
     memory: int
-    scores: dict[str, float]
+    scores: dict[str, float | None]
     machine: str
 
     @property
@@ -93,7 +95,12 @@ def _evaluation(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
         return {}, {}
     found = json.loads(path.read_text())
     asked = {key: found["run"][key] for key in ("score", "suffix", "max_new_tokens")}
-    asked["questions"] = {name: task["count"] for name, task in found["tasks"].items()}
+    # a plan's; else each run speaks as it trained, which is an option of it
+    asked["chat_template"] = found["run"]["model"].get("chat_template sha256")
+    asked["questions"] = {
+        name: {key: task[key] for key in ("count", "digest")}
+        for name, task in found["tasks"].items()
+    }
     scores = {name: task["headline"] for name, task in found["tasks"].items()}
     mean = {MEAN: sum(scores.values()) / len(scores)} if len(scores) > 1 else {}
     return asked, scores | mean

@@ -6,6 +6,7 @@ Beside a run's folder lie its options (``seed-S.yaml``) and what it printed (``s
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from fastprompt.sweep.plan import Plan, Run
 from fastprompt.train import run_folder
 
 EVALUATION = Path("eval", "results.json")  # of a run's folder
+ASKED = Path("eval", "asked.json")  # by which options of the plan
 _SHOWN = 3  # last lines of a failed run's log
 _INTERRUPTED = 130
 
@@ -33,9 +35,19 @@ _INTERRUPTED = 130
 def state(run: Run, plan: Plan) -> str:
     """ "finished", "trained" (but not yet evaluated), "begun" or "to do"."""
     if (run.folder / run_folder.RESULT).is_file():
-        evaluated = not plan.eval or (run.folder / EVALUATION).is_file()
-        return "finished" if evaluated else "trained"
+        return "finished" if _evaluated(run, plan) else "trained"
     return "begun" if run_folder.holds_run(run.folder) else "to do"
+
+
+def _evaluated(run: Run, plan: Plan) -> bool:
+    """Whether it was asked what the plan asks, and as the plan asks it."""
+    if not plan.eval:
+        return True
+    try:
+        asked = json.loads((run.folder / ASKED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return asked == plan.eval and (run.folder / EVALUATION).is_file()
 
 
 def check_begun(plan: Plan) -> None:
@@ -77,12 +89,20 @@ def run_plan(plan: Plan, *, jobs: int = 1, say: Callable[[str], object] = print)
             try:
                 over, _ = wait(pending, return_when=FIRST_COMPLETED)
                 for future in over:
-                    _note(report, pending.pop(future), future.result(), say)
+                    _note(report, pending.pop(future), _why(future), say)
             except KeyboardInterrupt:
                 report.interrupted = True
                 say("stopping: each run finishes its step and writes a checkpoint")
                 sweep.stop()
     return report
+
+
+def _why(future: Future) -> str | None:
+    """Why its run is not finished, if it is not; a full disk ends that run alone."""
+    try:
+        return future.result()
+    except OSError as error:
+        return str(error)
 
 
 def _note(report: Report, run: Run, why: str | None, say: Callable[[str], object]) -> None:
@@ -127,6 +147,9 @@ class _Processes:
                     code = self._call(command, log, environment)
                     if code:
                         return f"exit status {code}; the end of {log.name}:\n{_end(log.name)}"
+        if self.plan.eval:
+            text = json.dumps(self.plan.eval)
+            replace(run.folder / ASKED, lambda part: part.write_text(text, encoding="utf-8"))
         if state(run, self.plan) != "finished":
             return f"{run.folder}: want a result, found none"
         return None
@@ -180,6 +203,8 @@ def evaluation(run: Run, asked: dict[str, Any]) -> list[str]:
     command = ["eval", "--model", config.model, "--prompts", str(run.folder / run_folder.PROMPTS)]
     command += ["--dtype", config.dtype, "--output", str(run.folder / EVALUATION.parent)]
     command += ["--four-bit"] * config.four_bit
+    if config.template_name != "auto" and "chat_template" not in asked:
+        command += ["--template", config.template_name]
     for name, value in asked.items():
         values = value if isinstance(value, list) else [value]
         command += [f"--{name.replace('_', '-')}", *map(str, values)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable
@@ -38,7 +39,8 @@ class Row:
 
 
 def summarise(records: list[Record]) -> list[Row]:
-    """A row of each name, in the order in which they come; scores that all its seeds have."""
+    """A row of each name, in the order in which they come, with the scores that are there, and
+    finite, for all its seeds."""
     named: dict[str, list[Record]] = {}
     for record in records:
         named.setdefault(record.name, []).append(record)
@@ -52,7 +54,7 @@ def _row(name: str, same: list[Record]) -> Row:
         "seconds": [r.seconds for r in same],
     }
     for score in same[0].scores:
-        if all(score in r.scores for r in same):
+        if all(r.scores.get(score) is not None for r in same):
             values[score] = [r.scores[score] for r in same]
     stats = {
         key: Stat(statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else None)
@@ -67,14 +69,16 @@ def pick(records: list[Record], option: str, by: str = "loss") -> list[Record]:
     """Of runs that differ by ``option`` alone, those with its best value.
 
     Args:
-        by: "loss" or "accuracy" of held-out rows, the mean over seeds. Not a task's score: a value
-            picked by that would make it look better than it is.
+        by: "loss" or "accuracy" of held-out rows, the mean over the seeds that all values have; one
+            that is not finite is the worst. Not a task's score: a value picked by that would make
+            it look better than it is.
 
     Returns:
         Records whose names no longer say the option.
 
     Raises:
-        ValueError: runs without held-out rows, or an option that no run has.
+        ValueError: runs without held-out rows, an option that no run has, or values that were
+            tried with no seed in common.
     """
     families: dict[str, dict[str, list[Record]]] = {}
     for record in records:
@@ -87,11 +91,27 @@ def pick(records: list[Record], option: str, by: str = "loss") -> list[Record]:
         # values may hold commas: up to the next option's name
         name = re.sub(rf",?\b{option}=.*?(?=,\w+=|$)", "", record.name).strip(",") or record.name
         families.setdefault(name, {}).setdefault(str(record.options[option]), []).append(record)
-    best, sign = [], 1 if by == "loss" else -1
-    for name, tried in families.items():
-        same = min(tried.values(), key=lambda rs: sign * statistics.fmean(r.scores[by] for r in rs))
-        best += [dataclasses.replace(r, name=name) for r in same]
-    return best
+    return [
+        dataclasses.replace(record, name=name)
+        for name, tried in families.items()
+        for record in _best(name, list(tried.values()), by)
+    ]
+
+
+def _best(name: str, tried: list[list[Record]], by: str) -> list[Record]:
+    """The records of the best value, of which ``tried`` has a list for each."""
+    shared = set.intersection(*({r.seed for r in same} for same in tried))
+    if not shared:
+        seeds = "; ".join(", ".join(str(r.seed) for r in same) for same in tried)
+        raise ValueError(f"pick: want {name} tried with the same seeds, got {seeds}")
+
+    def mean(same: list[Record]) -> float:
+        scores = [r.scores[by] for r in same if r.seed in shared]
+        if None in scores:
+            return math.inf
+        return statistics.fmean(scores) * (1 if by == "loss" else -1)
+
+    return min(tried, key=mean)
 
 
 def write_results(

@@ -6,7 +6,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -63,6 +63,11 @@ class Problems:
         self.found.setdefault(problem.where, problem)
         if self.fatal:
             raise TrainingError(f"bad row: {problem}\n--on-bad-row skip goes on without such rows")
+
+    def merge(self, problems: Iterable[Problem]) -> None:
+        """Add what other processes have found."""
+        for problem in problems:
+            self.found.setdefault(problem.where, problem)
 
     def __len__(self) -> int:
         return len(self.found)

@@ -16,6 +16,18 @@ import yaml
 from fastprompt.blocks.memory import CHOICES as MEMORIES
 from fastprompt.methods.base import INITS
 
+# method -> which of `_OF_METHODS` it reads
+METHODS = {
+    "m2pt": ("layers", "init", "train_projector", "train_lm_head", "visual_prompts"),
+    "vpt": ("layers", "init"),
+    "text": ("layers", "init"),
+    "projector": (),
+    "prefix": ("layers", "init"),
+    "lora": (),
+    "full": (),
+}
+_OF_METHODS = METHODS["m2pt"]
+
 
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -48,20 +60,24 @@ class TrainConfig:
     method: str = _option(
         "m2pt",
         "what trains: m2pt, vpt (vision), text, projector (stage 1); prefix, lora, full (language)",
+        tuple(METHODS),
     )
     vision_tokens: int = _option(20, "prompt rows of each vision block")
     text_tokens: int = _option(10, "prompt rows of each language block; the prefix's length")
     layers: str = _option("all", "blocks with prompts: all, first, odd, bottom, top, or 0,3,7")
-    init: str = _option("xavier", "of prompts; prefill: from the data", (*INITS, "prefill"))
+    init: str | None = _option(
+        None, "of prompts; prefill: from the data; default: the method's own", (*INITS, "prefill")
+    )
     lora_rank: int = _option(8, "of lora's adapters")
-    train_projector: bool = _option(True, "under m2pt, train the projector too")
-    train_lm_head: bool = _option(False, "under m2pt, train lm_head too, as the released code does")
-    visual_prompts: str = _option("drop", "what the projector sees of visual prompts")
+    train_projector: bool = _option(True, "m2pt trains the projector too")
+    train_lm_head: bool = _option(False, "m2pt trains lm_head too, as the released code does")
+    visual_prompts: str = _option("drop", "what the projector sees of visual prompts (m2pt)")
     projector: str | None = _option(None, "start from this projector: stage 1, or mm_projector.bin")
 
     four_bit: bool = _option(False, "load the frozen backbone in NF4")
     dtype: str = _option("bfloat16", "of the backbone", ("bfloat16", "float32"))
     memory: str = _option("auto", "what frozen blocks keep for backward", MEMORIES)
+    shard: bool = _option(False, "split the frozen blocks over the processes (FSDP2)")
 
     epochs: float = _option(3.0, "passes over the data")
     max_steps: int = _option(0, "stop after so many steps; 0: by --epochs")
@@ -85,7 +101,6 @@ class TrainConfig:
     decode_images: bool = _option(False, "decode every image beforehand, not their heads alone")
     on_nan: str = _option("fatal", "a step whose loss or gradient is not finite", ("fatal", "skip"))
 
-    log_every: int = _option(1, "steps between entries of metrics.jsonl")
     save_every: int = _option(100, "steps between checkpoints; 0: none")
     keep: int = _option(2, "checkpoints kept, beside the best prompts")
     eval_every: int = _option(0, "steps between evaluations; 0: as --save-every")
@@ -98,8 +113,13 @@ class TrainConfig:
             object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
         for f in fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
-            if choices and value not in choices:
+            if choices and value not in (*choices, f.default):
                 raise ValueError(f"{f.name}: want one of {', '.join(choices)}; got {value!r}")
+            unread = f.name in _OF_METHODS and f.name not in METHODS[self.method]
+            if unread and value != f.default:
+                raise ValueError(
+                    f"{f.name}: method {self.method!r} has none, so want it left out; got {value!r}"
+                )
         if not self.data:
             raise ValueError("data: want at least one file or folder, got none")
         for name, low in _LEAST.items():
@@ -114,6 +134,12 @@ class TrainConfig:
         """Of new prompts ("init"), the order of the data ("order") and its choice ("subset")."""
         given = dict(init=self.init_seed, order=self.order_seed, subset=self.subset_seed)
         return {name: self.seed if seed is None else seed for name, seed in given.items()}
+
+    @property
+    def template_name(self) -> str:
+        """``template``, which for stage 1 is of captions where it is not given."""
+        stage1 = self.template == "auto" and self.method == "projector"
+        return "plain" if stage1 else self.template
 
     @property
     def evaluates(self) -> bool:
@@ -133,7 +159,10 @@ class TrainConfig:
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
             raise ValueError(f"{where}: want {', '.join(missing)} too")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:
@@ -144,8 +173,8 @@ class TrainConfig:
 _LEAST = dict(
     hold_out=0, max_length=8, vision_tokens=0, text_tokens=0, lora_rank=1, epochs=1e-9, max_steps=0,
     batch_size=1, accumulate=1, learning_rate=0, projector_lr=0, head_lr=0, weight_decay=0,
-    warmup=0, clip=0, seed=0, init_seed=0, order_seed=0, subset_seed=0, log_every=1, save_every=0,
-    keep=1, eval_every=0, workers=0,
+    warmup=0, clip=0, seed=0, init_seed=0, order_seed=0, subset_seed=0, save_every=0, keep=1,
+    eval_every=0, workers=0,
 )  # fmt: skip
 
 

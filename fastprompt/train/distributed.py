@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
@@ -35,6 +35,11 @@ def of_the_first(value: Any) -> Any:
         return value
     PartialState(cpu=not torch.cuda.is_available())  # before Trainer makes the same
     return broadcast_object_list([value])[0]
+
+
+def of_all(values: list[Any]) -> list[Any]:
+    """The lists of all processes, one after the other, in each of them."""
+    return values if processes() == 1 else gather_object(values)
 
 
 def asked_of_any(asked: bool, device: torch.device) -> bool:
@@ -64,7 +69,8 @@ def zero_of_a_blank_image(patch: Patch, process: BaseImageProcessor, dtype: torc
     """0, by way of everything that sees images: added to the loss of texts alone.
 
     So each step gives each parameter a gradient. Under DDP a process whose rows have no image would
-    otherwise leave the others waiting for its gradients for ever.
+    otherwise leave the others waiting for its gradients for ever. One process alone does the same:
+    AdamW passes over a parameter without a gradient, and moves on one whose gradient is 0.
     """
     device = next(patch.model.parameters()).device
     blank = process(images=[Image.new("RGB", (32, 32))], return_tensors="pt")

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    BitsAndBytesConfig,
     PrinterCallback,
     ProcessorMixin,
     TrainerCallback,
@@ -22,9 +22,11 @@ from transformers import (
 
 import fastprompt
 from fastprompt.families import TEXT, VISION
+from fastprompt.loading import four_bit
 from fastprompt.methods import M2PT, FullTuning, LoRA, Method, PrefixTuning
 from fastprompt.patching import Patch
 from fastprompt.prefill import prefill
+from fastprompt.train import sharding
 from fastprompt.train.batches import Examples, pack
 from fastprompt.train.checking import Checked, Problems, Rows, TrainingError, check, choose
 from fastprompt.train.config import TrainConfig
@@ -41,15 +43,16 @@ def _m2pt(config: TrainConfig) -> Method:
 
 
 def _prompts(config: TrainConfig) -> dict[str, str]:
-    return dict(layers=config.layers, init="xavier" if config.init == "prefill" else config.init)
+    own = config.init in (None, "prefill")  # the method's
+    return dict(layers=config.layers) | ({} if own else dict(init=config.init))
 
 
-METHODS: dict[str, Callable[[TrainConfig], Method]] = {
+_MAKES: dict[str, Callable[[TrainConfig], Method]] = {
     "m2pt": _m2pt,
     "vpt": lambda config: M2PT(config.vision_tokens, 0, train_projector=False, **_prompts(config)),
     "text": lambda config: M2PT(0, config.text_tokens, train_projector=False, **_prompts(config)),
     "projector": lambda config: M2PT(0, 0),
-    "prefix": lambda config: PrefixTuning(config.text_tokens),
+    "prefix": lambda config: PrefixTuning(config.text_tokens, **_prompts(config)),
     "lora": lambda config: LoRA(config.lora_rank),
     "full": lambda config: FullTuning(),
 }
@@ -103,12 +106,15 @@ def prepare_data(
             f"{config.model}: want the processor of a vision-language model, got "
             f"{type(processor).__name__}"
         )
+    made = set(processor.image_processor(images=[Image.new("RGB", (32, 32))]))
+    if made != {"pixel_values"}:
+        raise TrainingError(
+            f"{config.model}: want images that are pixel_values alone, as LLaVA's; its "
+            f"{type(processor.image_processor).__name__} makes {', '.join(sorted(made))}"
+        )
     if patch is not None and config.visual_prompts != "drop":
         patch.prepare(processor)
-    name = config.template
-    if name == "auto" and config.method == "projector":
-        name = "plain"
-    template = ChatTemplate(processor, name, count_image_tokens(processor))
+    template = ChatTemplate(processor, config.template_name, count_image_tokens(processor))
     text = AutoConfig.from_pretrained(config.model).get_text_config()
     max_length = min(config.max_length, getattr(text, "max_position_embeddings", math.inf))
     problems = Problems(fatal=config.on_bad_row == "fatal")
@@ -139,19 +145,11 @@ def prepare_data(
 
 def prepare_model(config: TrainConfig) -> Patch:
     """The frozen model, new prompts from the seed, and its projector if one is given."""
-    if config.method not in METHODS:
-        raise TrainingError(f"method: want one of {', '.join(METHODS)}; got {config.method!r}")
-    method = METHODS[config.method](config)
+    sharding.check(config)
+    method = _MAKES[config.method](config)
     dtype, options = getattr(torch, config.dtype), {}
     if config.four_bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            # small, and trained or loaded from a file: not worth an error of 9%
-            llm_int8_skip_modules=["multi_modal_projector", "lm_head"],
-        )
+        options["quantization_config"] = four_bit(dtype)
     model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype, **options)
     torch.manual_seed(config.seeds["init"])
     patch = fastprompt.patch(model, method, memory=config.memory)

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
 from fastprompt import checkpoint
+from fastprompt.blocks.memory import size_text
 from fastprompt.files import replace
-from fastprompt.train.distributed import asked_of_any
+from fastprompt.train.distributed import asked_of_any, processes
 from fastprompt.train.trainer import PromptTrainer
 
 METRICS = "metrics.jsonl"
@@ -28,16 +29,24 @@ _LINE_EVERY = 10.0  # seconds between lines, where there is no terminal for a ba
 
 
 def peak_memory() -> int:
-    """Most bytes in use so far: of the card if there is one, else of the process."""
+    """Most bytes in use, of the card since `forget_peak`, or, without a card, of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def forget_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 class Metrics(TrainerCallback):
     """Every log entry as a line of metrics.jsonl, with the seconds trained so far and the peak of
-    memory; a resumed run first drops what it will repeat, and counts on."""
+    memory; a resumed run first drops what it will repeat, and counts on.
+
+    An evaluation, whose logits may take more than training, has a peak of its own.
+    """
 
     def __init__(self, folder: Path):
         self.path = folder / METRICS
@@ -47,7 +56,11 @@ class Metrics(TrainerCallback):
         kept = [e for e in read_metrics(self.path) if e["step"] <= state.global_step]
         text = "".join(json.dumps(entry) + "\n" for entry in kept)
         replace(self.path, lambda part: part.write_text(text))
+        forget_peak()  # of loading, of prefill, of a run before
         self.began = time.monotonic() - (kept[-1]["seconds"] if kept else 0)
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        forget_peak()
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
         if "train_runtime" in logs:
@@ -75,6 +88,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class KeepBest(TrainerCallback):
     """``best/``: the prompts of the best evaluation so far, and metric.json that says which.
 
+    One that is not finite is never the best.
+
     The weights are replaced before the metric: a run killed in between finds the old metric,
     evaluates the same step again when resumed, and writes both.
     """
@@ -86,7 +101,7 @@ class KeepBest(TrainerCallback):
         value = metrics[f"eval_{self.metric}"]
         best = self.read()
         better = best is None or (value < best if self.metric == "loss" else value > best)
-        if better and state.is_world_process_zero:
+        if better and math.isfinite(value) and state.is_world_process_zero:
             checkpoint.save(model, self.folder)
             text = json.dumps({"metric": self.metric, "value": value, "step": state.global_step})
             replace(self.folder / BEST_METRIC, lambda part: part.write_text(text + "\n"))
@@ -98,10 +113,13 @@ class KeepBest(TrainerCallback):
 
 class StopOnSignal(TrainerCallback):
     """Ctrl-C or SIGTERM: the step is finished, a checkpoint written, the run ends. A second Ctrl-C
-    ends it at once."""
+    ends it at once.
+
+    ``stopped``: whether it has ended the run, the same in all processes.
+    """
 
     def __init__(self, say):
-        self.say, self.asked, self.before = say, False, {}
+        self.say, self.asked, self.stopped, self.before = say, False, False, {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -116,7 +134,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if asked_of_any(self.asked, args.device):
-            self.asked = True
+            self.stopped = state.global_step < state.max_steps  # else there is nothing left to do
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -155,8 +173,8 @@ class Bar(TrainerCallback):
     def _show(self, state) -> None:
         seconds, done = time.monotonic() - self.began, state.global_step - self.first
         left = seconds / max(1, done) * (state.max_steps - state.global_step)
-        rate = self.trainer.tokens / max(1e-9, seconds)
-        text = f"loss {self.loss:.4f}  {rate:,.0f} tokens/s  {_size(peak_memory())}"
+        rate = processes() * self.trainer.tokens / max(1e-9, seconds)  # all see about as many
+        text = f"loss {self.loss:.4f}  {rate:,.0f} tokens/s  {size_text(peak_memory())}"
         text += f"  {_time(left)} left"
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=state.global_step, text=text)
@@ -175,10 +193,6 @@ class Bar(TrainerCallback):
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
-
-
-def _size(n: int) -> str:
-    return f"{n / 2**30:.1f} GB" if n >= 2**30 else f"{n / 2**20:.0f} MB"
 
 
 def _time(seconds: float) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,33 +70,39 @@ class Row:
     image: Blob | None = None
 
     def open_image(self, decode: bool = True) -> Image.Image:
-        """The image as RGB; ``decode=False`` reads its head alone.
+        """The image as RGB; ``decode=False`` reads its head alone, and no pixel can be asked for.
 
         Raises:
             BadRow: it is missing, or cannot be read as an image.
         """
-        from PIL import Image
-
         try:
-            data = self.image.read()
+            with open(self.image.path, "rb") as file:
+                return self._read_image(file, decode)
         except OSError as error:
             raise BadRow("missing image", f"{self.image.path}: {error.strerror}") from error
+
+    def _read_image(self, file: BinaryIO, decode: bool) -> Image.Image:
+        from PIL import Image
+        from PIL.ContainerIO import ContainerIO
+
+        size = self.image.length()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of EXIF and palettes
-                image = Image.open(io.BytesIO(data))
+                image = Image.open(ContainerIO(file, self.image.offset, size))
                 return image.convert("RGB") if decode else image
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            size = f"{len(data)} bytes"
-            raise BadRow("broken image", f"{self.image.path} ({size}): {_line(error)}") from error
+            reason = f"{self.image.path} ({size} bytes): {_line(error)}"
+            raise BadRow("broken image", reason) from error
 
 
-def parse(raw: object, where: str, image: Blob | None, default_id: str) -> Row:
+def parse(raw: object, where: str, image: Blob | None) -> Row:
     """A row of LLaVA's format, or a caption.
 
     Args:
         raw: ``{"id", "image", "conversations": [{"from", "value"}, …]}``, or with ``"caption"`` in
             place of ``"conversations"``.
+        where: file and line; also the id of a row that has none, so that no two are the same.
         image: where its image is, if ``raw`` names one.
 
     Raises:
@@ -105,7 +110,7 @@ def parse(raw: object, where: str, image: Blob | None, default_id: str) -> Row:
     """
     if not isinstance(raw, dict):
         raise BadRow("not a row", f"want an object, got {type(raw).__name__}")
-    name = str(raw.get("id", default_id))
+    name = where if raw.get("id") is None else str(raw["id"])
     try:
         return Row(name, where, _placed(_checked(_turns(raw)), image is not None), image)
     except BadRow as bad:

@@ -13,10 +13,10 @@ import fastprompt
 from fastprompt.patching import Patch
 from fastprompt.reporting import count
 from fastprompt.samples import base_sample
-from fastprompt.train import run_folder
+from fastprompt.train import run_folder, sharding
 from fastprompt.train.checking import Problems
 from fastprompt.train.config import TrainConfig
-from fastprompt.train.distributed import of_the_first, processes, sent_bytes
+from fastprompt.train.distributed import of_all, of_the_first, processes, sent_bytes
 from fastprompt.train.preparing import Data, make_trainer, prepare_data, prepare_model
 from fastprompt.train.progress import METRICS, Bar, KeepBest, Metrics, StopOnSignal, read_metrics
 from fastprompt.train.trainer import PromptTrainer
@@ -28,7 +28,7 @@ class Result:
 
     Attributes:
         folder: the run's.
-        model: patched and trained.
+        model: patched and trained; under ``shard`` in shards, which all processes run together.
         losses: step -> loss, of the whole run, what it did before it was resumed included.
         evaluations: step -> {"loss", "accuracy"} of held-out rows.
         interrupted: whether a signal ended it early; ``train(config, resume=True)`` goes on.
@@ -69,6 +69,7 @@ def train(
     resumes = resume and there
     if resumes:
         run_folder.check_same(folder, config)
+        run_folder.check_processes(folder)
         torch.set_num_threads(run_folder.read_run(folder)["threads"])  # sums depend on it
     elif there:
         run_folder.check_new(folder)
@@ -95,7 +96,7 @@ def _run(
     main = trainer.is_world_process_zero()
     if main:
         if not resumes:
-            found = run_folder.facts(config, data.digests, run_folder.command_line())
+            found = run_folder.facts(config, data.digests)
             found["base"] = base_sample(patch.model, trained=True)
             run_folder.begin(folder, config, found)
         for callback in (Metrics(folder), bar, KeepBest(folder, config.best_metric)):
@@ -106,15 +107,16 @@ def _run(
         console.print(f"resuming from {at}", highlight=False)
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
+        data.problems.merge(of_all([*data.problems]))  # each process reads rows of its own
     finally:
         bar.stop()
         stop.restore()
         if main:
             data.problems.write(folder / run_folder.BAD_ROWS)
-    if not stop.asked and config.evaluates and not _evaluated(trainer):
+    if not stop.stopped and config.evaluates and not _evaluated(trainer):
         trainer.evaluate()
     entries = read_metrics(folder / METRICS)
-    if main and not stop.asked:
+    if main and not stop.stopped:
         fastprompt.save(patch.model, folder / run_folder.PROMPTS)
         run_folder.finish(folder, patch, entries)
     return Result(
@@ -126,7 +128,7 @@ def _run(
             for e in entries
             if "eval_loss" in e
         },
-        interrupted=stop.asked,
+        interrupted=stop.stopped,
         problems=data.problems,
         skipped=trainer.skipped,
     )
@@ -151,6 +153,10 @@ def _headline(trainer: PromptTrainer, data: Data, patch: Patch) -> str:
     if processes() > 1:
         sent = sent_bytes(list(patch.trainable.values()), processes())
         text += f"\n{processes()} processes; each sends {sent:,} bytes of gradients a step"
+        if config.shard:
+            text += f"\n{sharding.describe(patch, config)}"
+    elif torch.cuda.device_count() > 1:
+        text += f"\none card of {torch.cuda.device_count()}: torchrun starts a process for each"
     return text
 
 
@@ -170,6 +176,7 @@ def rerun(
     found = run_folder.read_run(folder)
     torch.set_num_threads(found["threads"])
     config = TrainConfig.load(folder / run_folder.CONFIG)
+    run_folder.check_processes(folder)
     config = replace(config, out=str(out or f"{folder}-rerun"))
     differences = run_folder.changed_versions(folder)
     run_folder.check_new(Path(config.out))

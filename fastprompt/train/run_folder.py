@@ -28,27 +28,23 @@ from fastprompt.patching import Patch
 from fastprompt.reporting import count
 from fastprompt.train.checking import TrainingError
 from fastprompt.train.config import TrainConfig
+from fastprompt.train.distributed import processes
 
 CONFIG, RUN, BAD_ROWS, PROMPTS = "config.yaml", "run.json", "bad_rows.jsonl", "prompts"
 RESULT = "result.json"
 _PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "triton", "pillow")
 
 
-def facts(config: TrainConfig, digests: dict[str, str], command: list[str]) -> dict[str, Any]:
+def facts(config: TrainConfig, digests: dict[str, str]) -> dict[str, Any]:
     """What run.json holds. ``digests``: "train" and "held_out" -> hash of the data."""
-    from fastprompt import __version__
-
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "command": command,
+        "command": sys.argv,
         "commit": _commit(),
-        "versions": {
-            "fastprompt": __version__,
-            "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
-        },
+        "versions": _versions(),
         "machine": {"cpu": platform.processor() or platform.machine(), "card": card},
         "threads": torch.get_num_threads(),
+        "processes": processes(),
         "seeds": config.seeds,
         "data": digests,
     }
@@ -71,7 +67,7 @@ def finish(folder: Path, patch: Patch, entries: list[dict[str, Any]]) -> None:
         "parameters": count(patch.model),
         "steps": max((e["step"] for e in entries), default=0),
         "seconds": max((e["seconds"] for e in entries), default=0.0),
-        "memory": max((e["memory"] for e in entries), default=0),
+        "memory": max((e["memory"] for e in entries if "loss" in e), default=0),
         "loss": losses[-1] if losses else None,
         "held_out": {k: found[-1][f"eval_{k}"] for k in ("loss", "accuracy")} if found else {},
     }
@@ -103,6 +99,13 @@ def check_same(folder: Path, config: TrainConfig) -> None:
         raise TrainingError(f"{folder}: to resume, want the run's own options; " + "; ".join(other))
 
 
+def check_processes(folder: Path) -> None:
+    """Raises TrainingError unless the run in ``folder`` had as many: they share out each step."""
+    had = read_run(folder)["processes"]
+    if had != processes():
+        raise TrainingError(f"{folder}: want {had} processes, as it began with; got {processes()}")
+
+
 def check_data(folder: Path, digests: dict[str, str]) -> None:
     """Raises TrainingError unless the run in ``folder`` had the same data."""
     had = read_run(folder)["data"]
@@ -122,20 +125,22 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def changed_versions(folder: Path) -> list[str]:
-    """What of versions and threads differs from when the run began, in words."""
-    had = read_run(folder)
-    now = facts(TrainConfig.load(folder / CONFIG), {}, [])
-    pairs = [(name, old, now["versions"].get(name)) for name, old in had["versions"].items()]
-    pairs += [("commit", had["commit"], now["commit"])]
-    return [f"{name} {old}, now {new}" for name, old, new in pairs if old != new]
-
-
-def command_line() -> list[str]:
-    return ["fastprompt", *sys.argv[1:]]
+    """What of versions and commit differs from when the run began, in words."""
+    began = read_run(folder)
+    had = began["versions"] | {"commit": began["commit"]}
+    now = _versions() | {"commit": _commit()}
+    return [f"{name} {had.get(name)}, now {x}" for name, x in now.items() if x != had.get(name)]
 
 
 def _short(digests: dict[str, str]) -> str:
     return ", ".join(f"{name} {value[:12]}" for name, value in digests.items())
+
+
+def _versions() -> dict[str, str | None]:
+    from fastprompt import __version__
+
+    own = {"fastprompt": __version__, "python": platform.python_version()}
+    return own | {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -10,9 +10,10 @@ import torch
 from rich.text import Text
 from torch import nn
 
-from fastprompt.blocks.memory import POLICIES, kept_bytes
+from fastprompt.blocks.memory import POLICIES, kept_bytes, size_text
 from fastprompt.families import VISION
 from fastprompt.patching import Patch
+from fastprompt.tapping import has_class_token
 from fastprompt.train.config import TrainConfig
 from fastprompt.train.templates import IGNORE, ChatTemplate
 from fastprompt.train.trainer import PromptTrainer
@@ -77,8 +78,8 @@ def memory(patch: Patch, config: TrainConfig, width: int) -> list[str]:
     trained = sum(_bytes(p) for p in patch.trainable.values())
     lines = [
         "memory, estimated for the longest batch",
-        f"  {_size(parameters):>9}  model",
-        f"  {_size(3 * trained):>9}  gradients and AdamW",
+        f"  {size_text(parameters):>9}  model",
+        f"  {size_text(3 * trained):>9}  gradients and AdamW",
     ]
     dtype = getattr(torch, config.dtype)
     for policy in POLICIES:
@@ -86,17 +87,16 @@ def memory(patch: Patch, config: TrainConfig, width: int) -> list[str]:
         for tower in patch.anatomy.towers:
             found = patch.memories.get(tower.name)
             if found is not None:
-                tokens = config.batch_size * (
-                    _patches(tower.model) if tower.kind == VISION else width
-                )
+                each = _image_tokens(tower.model) if tower.kind == VISION else width
+                tokens = config.batch_size * each
                 kept += tokens * sum(kept_bytes(p, policy, dtype, dtype) for p in found.blocks)
-        lines.append(f"  {_size(kept):>9}  kept by blocks under memory={policy}")
+        lines.append(f"  {size_text(kept):>9}  kept by blocks under memory={policy}")
     return lines
 
 
-def _patches(tower: nn.Module) -> int:
+def _image_tokens(tower: nn.Module) -> int:
     config = tower.config
-    return (config.image_size // config.patch_size) ** 2 + 1
+    return (config.image_size // config.patch_size) ** 2 + has_class_token(tower)
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -106,7 +106,3 @@ def _bytes(tensor: torch.Tensor) -> int:
 def _spread(lengths: np.ndarray) -> str:
     low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
     return f"{low} to {high}, half of them at most {middle},"
-
-
-def _size(n: int) -> str:
-    return f"{n / 2**30:.2f} GB" if n >= 2**30 else f"{n / 2**20:.1f} MB"

@@ -51,7 +51,7 @@ class JsonRows:
         name = raw.get("image") if isinstance(raw, dict) else None
         if name is not None and not isinstance(name, str):
             raise BadRow("not a row", f"'image': want a file's name, got {type(name).__name__}")
-        return parse(raw, self.where(i), Blob(self.images / name) if name else None, str(i))
+        return parse(raw, self.where(i), Blob(self.images / name) if name else None)
 
 
 class PairedRows:
@@ -89,7 +89,7 @@ class PairedRows:
             raw = {"caption": _text(caption.read()).strip()}
         else:
             raw = _json(structured.read())
-        return parse(raw, self.where(i), image, self.names[i])
+        return parse(raw, self.where(i), image)
 
     def _text(self, i: int) -> Blob | None:
         structured, caption, _ = self.pairs[i]

@@ -64,6 +64,10 @@ class Encoded:
     labels: list[int]
 
 
+class NoTemplate(ValueError):
+    """A model has no chat template of its own."""
+
+
 class ChatTemplate:
     """Turns rows into ids and labels, for one processor and one template.
 
@@ -92,7 +96,7 @@ class ChatTemplate:
         if name == "auto":
             self.jinja = getattr(processor, "chat_template", None) or tokenizer.chat_template
             if not self.jinja:
-                raise ValueError(
+                raise NoTemplate(
                     "template: this model has no chat template of its own; want one of "
                     f"{', '.join(NAMED)}"
                 )
@@ -154,6 +158,16 @@ class ChatTemplate:
             end = self.appended or (self.end if after.startswith(self.end) else "")
             pieces += [(answer + end, True), (after if self.appended else after[len(end) :], False)]
         return pieces
+
+    def text(self, turns: Turns) -> str:
+        """A conversation; one that ends with a question ends where its answer would begin.
+
+        Spaces before the answer are the answer's, as tokens have them.
+        """
+        if turns[-1][0] == "assistant":
+            return self._render(turns)
+        marked = self._render([*turns, ("assistant", _mark(0))])
+        return marked.partition(_mark(0))[0].rstrip(" ")
 
     def _render(self, turns: Turns) -> str:
         messages = [{"role": role, "content": self._content(text)} for role, text in turns]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -18,7 +19,8 @@ from fastprompt.patching import patch_of
 from fastprompt.train.batches import ABOUT, Collator, Examples, Order
 from fastprompt.train.checking import Problems, TrainingError
 from fastprompt.train.config import TrainConfig
-from fastprompt.train.distributed import sees, zero_of_a_blank_image
+from fastprompt.train.distributed import asked_of_any, sees, zero_of_a_blank_image
+from fastprompt.train.sharding import shard
 from fastprompt.train.templates import IGNORE
 
 
@@ -54,6 +56,7 @@ class PromptTrainer(Trainer):
         self.tokens, self.about = 0, {}
         self.step_rows: list[str] = []  # of the step that is being computed
         self.spoiled = ""  # what of it is not finite
+        self.norm: Tensor | float = 0.0  # of its gradient, before clipping
         self.skipped: list[str] = []  # steps whose loss or gradient was not finite
         self._staging: Path | None = None
         self._patch = patch_of(model)
@@ -91,6 +94,11 @@ class PromptTrainer(Trainer):
 
     # ---- steps ----
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Nothing, where a resumed run has taken all its steps: Trainer would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             cls, options = self.get_optimizer_cls_and_kwargs(self.args)
@@ -100,10 +108,18 @@ class PromptTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Any:
         """Of texts alone with a blank image, if parts that see images train: see `distributed`."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if "pixel_values" not in inputs and sees(self._patch):
+        # under `shard` the model's own forward adds one
+        if "pixel_values" not in inputs and sees(self._patch) and not self.config.shard:
             data = self.train_dataset
             loss = loss + zero_of_a_blank_image(self._patch, data.process, data.dtype)
         return loss
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None):
+        """Under ``shard`` by us: accelerate puts no DDP around FSDP2."""
+        model = super()._wrap_model(model, training, dataloader)
+        if not (self.config.shard and training and model is self.model):
+            return model
+        return shard(self._patch, self.train_dataset.process, self.train_dataset.dtype)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -112,6 +128,10 @@ class PromptTrainer(Trainer):
         if not torch.isfinite(loss):
             self.spoiled = f"the loss is {loss.item()}"
         return loss
+
+    def _get_grad_norm(self, *args, **kwargs) -> Tensor | float:
+        self.norm = super()._get_grad_norm(*args, **kwargs)
+        return self.norm
 
     # ---- evaluation ----
 
@@ -140,6 +160,8 @@ class PromptTrainer(Trainer):
             if self.args.should_save:
                 publish(self._staging / name, out / name)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if not _is_of_writing(error):
+                raise
             left = sorted(p.name for p in out.glob("checkpoint-*"))
             raise TrainingError(
                 f"step {step}: its checkpoint could not be written: {error}\n"
@@ -151,6 +173,11 @@ class PromptTrainer(Trainer):
             self._staging = None
         if self.args.should_save:
             rotate_checkpoints(str(out), save_total_limit=self.config.keep)
+
+
+def _is_of_writing(error: Exception) -> bool:
+    """torch.save makes a full disk a RuntimeError of its zip writer."""
+    return not isinstance(error, RuntimeError) or "inline_container.cc" in str(error)
 
 
 def publish(staged: Path, final: Path) -> None:
@@ -174,7 +201,7 @@ def arguments(config: TrainConfig) -> TrainingArguments:
     """What Trainer is to do of a `TrainConfig`; the rest is done here."""
     schedules = dict(cosine="cosine", linear="linear", constant="constant_with_warmup")
     evaluated = config.eval_every or config.save_every
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=config.out,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
@@ -186,8 +213,7 @@ def arguments(config: TrainConfig) -> TrainingArguments:
         max_grad_norm=config.clip,
         warmup_steps=config.warmup,
         lr_scheduler_type=schedules[config.schedule],
-        logging_steps=config.log_every,
-        logging_first_step=True,
+        logging_steps=1,
         logging_nan_inf_filter=False,  # a loss that is none is written as none
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 1,
@@ -202,28 +228,19 @@ def arguments(config: TrainConfig) -> TrainingArguments:
         disable_tqdm=True,
         report_to=["tensorboard"] if config.tensorboard else [],
     )
+    made._n_gpu = min(made.n_gpu, 1)  # or one process would put nn.DataParallel on several cards
+    return made
 
 
 def groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """The optimiser's groups: the projector, heads, and prompts with all else, each with its
-    learning rate."""
-    rates = {
-        "prompts": config.learning_rate,
-        "projector": config.projector_lr,
-        "head": config.head_lr,
-    }
-    done = patch_of(model)
-    parts = {f"{name}.": part for part, name in done.anatomy.parts.items()}
-    found: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
-    for name, p in done.trainable.items():
-        part = next((part for start, part in parts.items() if name.startswith(start)), "prompts")
-        found["head" if part == "lm_head" else part].append(p)
-    default = dict(weight_decay=config.weight_decay)
-    return [
-        dict(default, params=params, lr=config.learning_rate if rate is None else rate)
-        for params, rate in zip(found.values(), rates.values(), strict=True)
-        if params
-    ]
+    """The optimiser's groups, each with its learning rate and weight decay."""
+    found = patch_of(model).param_groups()
+    own = dict(projector=config.projector_lr, head=config.head_lr)
+    for group in found:
+        rate = own.get(group["name"])
+        group["lr"] = config.learning_rate if rate is None else rate
+        group["weight_decay"] = config.weight_decay
+    return found
 
 
 class GuardSteps(TrainerCallback):
@@ -235,12 +252,12 @@ class GuardSteps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         trainer, reason = self.trainer, self.trainer.spoiled
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if not reason and grads and not torch.isfinite(nn.utils.get_total_norm(grads)):
+        if not reason and not math.isfinite(trainer.norm):
             reason = "the gradient is not finite"
         rows, trainer.step_rows, trainer.spoiled = trainer.step_rows, [], ""
-        if not reason:
+        if not asked_of_any(bool(reason), args.device):  # all processes step, or none
             return
+        reason = reason or "another process met what is not finite"
         message = f"step {state.global_step + 1}: {reason}; its rows: {', '.join(rows)}"
         if trainer.config.on_nan == "fatal":
             raise TrainingError(f"{message}\n--on-nan skip leaves such steps out")

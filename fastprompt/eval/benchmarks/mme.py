@@ -71,12 +71,8 @@ def score(questions: list[Question], predictions: Predictions) -> dict[str, floa
     the sums of 100·(acc + acc+): ``perception`` (to 2000), ``cognition`` (to 800), ``total``.
     ``other``: the share of predictions that say neither yes nor no.
     """
-    right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    other = 0
-    for q in questions:
-        said = yes_or_no(predictions[q.id] or "")
-        right[q.group][str(q.image)].append(said in q.answers)
-        other += said == "other"
+    right = _right(questions, predictions)
+    other = sum(yes_or_no(predictions[q.id] or "") == "other" for q in questions)
     scores = {}
     for half, subtasks in SUBTASKS.items():
         points = 0.0
@@ -89,6 +85,25 @@ def score(questions: list[Question], predictions: Predictions) -> dict[str, floa
         scores[half] = points
     total = scores["perception"] + scores["cognition"]
     return {"total": total, **scores, "other": other / len(questions)}
+
+
+def points(questions: list[Question], predictions: Predictions) -> list[float]:
+    """Half a point for a right answer, half for both of the image's: acc and acc+."""
+    right = _right(questions, predictions)
+    both = {(group, image): all(r) for group, of in right.items() for image, r in of.items()}
+    return [(_is_right(q, predictions) + both[q.group, str(q.image)]) / 2 for q in questions]
+
+
+def _right(questions: list[Question], predictions: Predictions) -> dict[str, dict[str, list[bool]]]:
+    """Subtask -> image -> which of its questions are right."""
+    right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for q in questions:
+        right[q.group][str(q.image)].append(_is_right(q, predictions))
+    return right
+
+
+def _is_right(question: Question, predictions: Predictions) -> bool:
+    return yes_or_no(predictions[question.id] or "") in question.answers
 
 
 def write_results(questions: list[Question], predictions: Predictions, folder: Path) -> None:
@@ -104,4 +119,13 @@ def write_results(questions: list[Question], predictions: Predictions, folder: P
         (folder / f"{subtask}.txt").write_text("".join(rows), encoding="utf-8")
 
 
-MME = Benchmark("mme", read, score, headline="total", full=2800.0, unit=2)
+MME = Benchmark(
+    "mme",
+    read,
+    score,
+    headline="total",
+    full=2800.0,
+    unit=2,
+    points=points,
+    means={"total": lambda q: q.group},
+)

@@ -69,4 +69,10 @@ def _of(questions: list[Question], predictions: Predictions) -> dict[str, float]
     }
 
 
-POPE = Benchmark("pope", read, score)
+def points(questions: list[Question], predictions: Predictions) -> list[float]:
+    """1.0 where the prediction is read as the answer, else 0.0."""
+    said = ((predictions[q.id], q.answers[0]) for q in questions)
+    return [float(text is not None and yes_or_no(text) == answer) for text, answer in said]
+
+
+POPE = Benchmark("pope", read, score, points=points, means={"accuracy": lambda q: q.group})

@@ -6,6 +6,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 from fastprompt.eval.answers import Predictions, soft_accuracy
 from fastprompt.eval.benchmarks.base import Benchmark
@@ -36,9 +37,13 @@ def read(root: Path) -> Iterator[Question]:
 
 def score(questions: list[Question], predictions: Predictions) -> dict[str, float]:
     """``accuracy``: the mean soft accuracy."""
+    return {"accuracy": fmean(points(questions, predictions))}
+
+
+def points(questions: list[Question], predictions: Predictions) -> list[float]:
+    """Soft accuracy of each."""
     said = ((predictions[q.id], q.answers) for q in questions)
-    soft = [0.0 if text is None else soft_accuracy(text, answers) for text, answers in said]
-    return {"accuracy": sum(soft) / len(soft)}
+    return [0.0 if text is None else soft_accuracy(text, answers) for text, answers in said]
 
 
-TEXTVQA = Benchmark("textvqa", read, score)
+TEXTVQA = Benchmark("textvqa", read, score, points=points)
