@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks import check
 from benchmarks.registry import Benchmark, NotMeasured, Provider, Step, Verdict
+from benchmarks.weights import bitsandbytes, nf4
 from fastprompt import ops
 from fastprompt.ops import reference
 
@@ -63,7 +64,7 @@ class Case:
         self.frozen: tuple[Tensor, ...] = ()  # beside the inputs that want gradients
         self.weight = None
         if s.op == "decode":
-            self.inputs, self.weight = (), _quantised(s, dtype, device)
+            self.inputs, self.weight = (), nf4(torch.randn(s.rows, s.width, **like))
             return
         if s.op in ("swiglu", "geglu"):
             inputs = torch.randn(s.rows, 2 * s.width, **like).tensor_split(2, -1)
@@ -112,15 +113,6 @@ def _named(outs, grads=()) -> dict[str, Tensor]:
     return named | {f"grad[{i}]": t for i, t in enumerate(grads)}
 
 
-def _quantised(s: Part, dtype: torch.dtype, device: str):
-    if find_spec("bitsandbytes") is None:
-        raise NotMeasured("bitsandbytes, which makes the weights, is not installed")
-    import bitsandbytes.functional as bnbf  # not at the top: GPU machines do without it
-
-    dense = torch.randn(s.rows, s.width, dtype=dtype, device=device)
-    return bnbf.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
-
-
 EAGER: dict[str, Callable] = {
     "rms_norm": lambda x, r, w, _: reference.rms_norm(x, w, EPS, residual=r),
     "layer_norm": lambda x, r, w, b: reference.layer_norm(x, w, b, EPS, residual=r),
@@ -144,9 +136,8 @@ OURS: dict[str, Callable] = {
 def judge(case: Case, mode: str, results: dict[str, Tensor]) -> Verdict:
     """Decoded weights bit for bit; else the one rule of accuracy."""
     if case.weight is not None:
-        import bitsandbytes.functional as bnbf
-
-        exact = torch.equal(results["out[0]"], bnbf.dequantize_4bit(*case.weight))
+        want = bitsandbytes().dequantize_4bit(*case.weight)
+        exact = torch.equal(results["out[0]"], want)
         return Verdict("out[0]", 0.0 if exact else float("inf"))
     truth = {n: t for n, t in case.truth.items() if mode == BACKWARD or n.startswith("out")}
     return check.judge(results, truth, case.limits, case.dtype)
@@ -178,9 +169,8 @@ def _step(case: Case, mode: str, way: Callable, own_inputs: bool = False) -> Ste
 def _eager(case, mode):
     if case.weight is None:
         return _step(case, mode, case.eager)
-    import bitsandbytes.functional as bnbf
-
-    return _step(case, mode, lambda: (bnbf.dequantize_4bit(*case.weight),))
+    decode = bitsandbytes().dequantize_4bit
+    return _step(case, mode, lambda: (decode(*case.weight),))
 
 
 def _compile(case, mode):

@@ -70,6 +70,8 @@ def run_shape(
         measured = measure(steps, device, effort)
         for name, verdict in found.items():
             rows.append({**common, "provider": name, **verdict, **measured.get(name, {})})
+            if benchmark.rate and name in measured:
+                rows[-1]["tokens_per_s"] = shape.tokens / rows[-1]["median_ms"] * 1e3
         set_against_baseline(rows[-len(found) :], benchmark.baseline)
     return rows
 

@@ -17,6 +17,7 @@ WHERE = {  # name -> module:attribute, imported when it is asked for
     "select_prompts": "benchmarks.select_prompts:BENCHMARK",
     "frozen_ops": "benchmarks.frozen_ops:BENCHMARK",
     "instruction_step": "benchmarks.instruction_step:BENCHMARK",
+    "generate_4bit": "benchmarks.generate_4bit:BENCHMARK",
     "m2pt_step": "benchmarks.m2pt_step:BENCHMARK",
     "vpt_step": "benchmarks.vpt_step:BENCHMARK",
 }
@@ -81,6 +82,7 @@ class Benchmark:
         judge: (case, mode, results) -> Verdict.
         cost: (shape, mode, itemsize) -> (bytes, FLOPs) that no way of doing it can avoid, or None.
         in_turn: the floor is the bytes' time and then the products', not the longer of the two.
+        rate: rows say tokens a second; a shape's ``tokens`` are those of a step.
         truth: case -> (results, limits) that `judge` wants of it. A benchmark that has it runs
             each provider in a process of its own (`isolated`), whose peak memory is then its own;
             its case has a ``meter`` and takes what `truth` gave as ``case.truth``.
@@ -97,4 +99,5 @@ class Benchmark:
     providers: dict[str, Provider]
     cost: Callable[[Any, str, int], tuple[int, int]] | None = None
     in_turn: bool = False
+    rate: bool = False
     truth: Callable[[Any], tuple[dict[str, Tensor], dict[str, float]]] | None = None

@@ -7,6 +7,7 @@ import sys
 # command -> where its function of the remaining arguments is, and what it does
 COMMANDS = {
     "doctor": ("fastprompt.doctor:command", "what is active on this machine, and does it work"),
+    "assemble": ("fastprompt.assembly:command", "a LLaVA of separate parts"),
     "train": ("fastprompt.train.commands:train", "train prompts on conversations about images"),
     "rerun": ("fastprompt.train.commands:rerun", "run a run again: are the losses the same"),
     "eval": ("fastprompt.eval.run:main", "a model's scores on benchmarks"),
@@ -14,6 +15,7 @@ COMMANDS = {
         "fastprompt.train.commands:inspect_data",
         "show rows, what trains marked",
     ),
+    "inspect": ("fastprompt.inspecting:command", "what a checkpoint's prompts are like"),
     "sweep": ("fastprompt.sweep.commands:sweep", "train and compare what a plan names"),
     "results": ("fastprompt.sweep.commands:results", "one table of finished runs"),
 }

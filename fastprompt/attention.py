@@ -1,4 +1,4 @@
-"""fastprompt's attention and mask functions, as transformers' AttentionInterface calls them.
+"""fastprompt's attention function, as transformers' AttentionInterface calls it.
 
 Each attention module of a patched tower carries a `SideKeys`: a plain object, so that it adds no
 module cycle to ``state_dict`` and goes with the model through deepcopy and pickle. It turns the
@@ -13,26 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    bidirectional_mask_function,
-    causal_mask_function,
-    prepare_padding_mask,
-    sdpa_mask,
-)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastprompt import recorder
+from fastprompt import recorder, sdpa
 from fastprompt.families import Block, Tower
+from fastprompt.families.base import THROUGH
+from fastprompt.masks import attention_mask
+from fastprompt.mixed import Mixed
 from fastprompt.ops import prompt_attention, reference
-from fastprompt.prompts import Prompt
+from fastprompt.prompts import BlockPrompt
 from fastprompt.rotation import rotate
 
 NAME = "fastprompt"
 # transformers hands rows of several images over whole where the name says flash, else one by one
 PACKED = "fastprompt_flash"
 ATTRIBUTE = "_fastprompt"
-CHOICE = "fastprompt_choice"  # the keyword under which a pool's choice comes down to its blocks
+# the keyword under which a pool's choice, or `Mixed` sets, come down to the blocks
+CHOICE = "fastprompt_choice"
 
 
 @dataclass(eq=False)
@@ -40,27 +38,44 @@ class SideKeys:
     """What an attention module of a patched tower knows of its block."""
 
     block: Block
-    prompt: Prompt | None  # None: an attention without a prompt
+    prompt: BlockPrompt | None  # None: an attention without a prompt
     previous: str  # the attention implementation that the tower had
     backend: str = "auto"
     # it had "eager" for lack of another that transformers has for it
     by_need: bool = field(default=False, kw_only=True)
+    # of the tower's forward under way, where no keywords come down to the block
+    mixed: Mixed | None = field(default=None, kw_only=True)
 
-    def for_batch(
-        self, dtype: torch.dtype, choice: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values [Hkv, P, d], or sets of them with each sample's ``prompt_index``.
+    def sides(
+        self, dtype: torch.dtype, choice: Tensor | Mixed | None
+    ) -> tuple[Tensor, Tensor, dict] | None:
+        """What attention sees beside the tokens, as `for_batch` says; None: no prompt at all.
 
-        ``choice`` is what a pool chose for this batch, for the pools' own side keys.
+        ``choice`` is what came down with the batch: a pool's, or prompt sets in use.
         """
-        return *self.keys_values(dtype), None
+        mixed = choice if isinstance(choice, Mixed) else self.mixed
+        if mixed is None:
+            return None if self.prompt is None else self.for_batch(dtype, choice)
+        layer = self.block.layer
+        recomputed = getattr(layer, "gradient_checkpointing", False) and layer.training
+        if mixed is not choice and recomputed:
+            raise ValueError(
+                f"{self.block.name}: want no gradient checkpointing in patch.using: this "
+                "architecture would not tell a recomputed block of its sets"
+            )
+        return mixed.side_keys(self, dtype) if mixed.has(self.block.name) else None
+
+    def for_batch(self, dtype: torch.dtype, choice: Tensor | None) -> tuple[Tensor, Tensor, dict]:
+        """Keys and values [Hkv, P, d], or sets of them with the options that choose among them.
+
+        These are `prompt_attention`'s ``prompt_index`` and ``prompt_len``. ``choice`` is what a
+        pool chose for this batch, for the pools' own side keys.
+        """
+        return *self.keys_values(dtype), {}
 
     def keys_values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[Hkv, P, d] each. Computed once per forward; kept while nothing changes in evaluation."""
-        block = self.block
-        tracked = torch.is_grad_enabled() and any(
-            p.requires_grad for m in (self.prompt, *block_modules(block)) for p in m.parameters()
-        )
+        tracked = torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters())
         if tracked or self.prompt.training or not self._may_cache():
             return self.compute(dtype)
         key = self._key(dtype)
@@ -74,8 +89,7 @@ class SideKeys:
 
     def compute(self, dtype: torch.dtype, first: int | None = None) -> tuple[Tensor, Tensor]:
         """[Hkv, P, d] each, of the prompt at positions from ``first`` on; -P unless given."""
-        # a batch axis of one: what modules and hooks of a block are used to
-        k, v = (x[0] for x in self.project(self.prompt.tokens.flatten(0, -2)[None]))
+        k, v = self.prompt.keys_values(self.project)
         if self.block.rotary is not None:
             k = rotate(k, self.block.rotary, first)
         return k.to(dtype), v.to(dtype)
@@ -83,49 +97,58 @@ class SideKeys:
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[S, P, D], rows of hidden states -> keys and values [S, Hkv, P, d], not rotated."""
         block = self.block
+        norm, k_proj, v_proj, k_norm = (block.by_now(part) for part in THROUGH)
         rows = rows.to(block.like.weight.dtype)
-        if block.norm is not None:
-            rows = block.norm(rows)
+        if norm is not None:
+            rows = norm(rows)
+        if k_proj is None:  # outside transformers, the attention itself knows
+            return sdpa.keys_values(block.attention, rows)
         if block.fused:  # queries, keys and values side by side
-            k, v = block.k_proj(rows)[..., -2 * block.kv_width :].chunk(2, dim=-1)
+            k, v = k_proj(rows)[..., -2 * block.kv_width :].chunk(2, dim=-1)
         else:
-            k, v = block.k_proj(rows), block.v_proj(rows)
+            k, v = k_proj(rows), v_proj(rows)
         if block.k_norm_whole:
-            k = block.k_norm(k)
+            k = k_norm(k)
         k, v = (x.unflatten(-1, (-1, block.head_dim)) for x in (k, v))
-        if block.k_norm is not None and not block.k_norm_whole:
-            k = block.k_norm(k)
+        if k_norm is not None and not block.k_norm_whole:
+            k = k_norm(k)
         return k.transpose(1, 2), v.transpose(1, 2)
+
+    def _parameters(self) -> list[Tensor]:
+        own = [p for module in block_modules(self.block) for p in module.parameters()]
+        return self.prompt.tensors() + own
 
     def _tensors(self) -> list[Tensor]:
         rotary = [] if self.block.rotary is None else [self.block.rotary.inv_freq]
-        modules = (self.prompt, *block_modules(self.block))
-        return [p for module in modules for p in module.parameters()] + rotary
+        return self._parameters() + rotary
 
     def _may_cache(self) -> bool:
-        tokens = self.prompt.tokens
-        if type(tokens) is not nn.Parameter or torch.compiler.is_compiling():
-            return False  # FSDP2 hands out DTensors
-        if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+        learned, block = self.prompt.tensors(), block_modules(self.block)
+        if torch.compiler.is_compiling() or any(type(t) is not nn.Parameter for t in learned):
+            return False
+        # FSDP2 gathers a weight anew into the same tensor, whose version it keeps
+        if any(hasattr(m, "_is_fsdp_managed_module") for m in (self.prompt, *block)):
+            return False
+        if learned[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         return not any(t.is_inference() for t in self._tensors())  # they count no versions
 
     def _key(self, dtype: torch.dtype) -> tuple:
         """All that the kept keys and values depend on."""
         tensors = self._tensors()
-        device = self.prompt.tokens.device.type
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        device = tensors[0].device
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         adapters = tuple(
             str(
                 [
                     getattr(m, name, None)
-                    for name in ("active_adapters", "merged", "disable_adapters")
+                    for name in ("active_adapters", "merged", "disable_adapters", "scaling")
                 ]
             )
             for m in block_modules(self.block)
         )
         versions = tuple((id(t), t.data_ptr(), t._version) for t in tensors)
-        return dtype, str(self.prompt.tokens.device), autocast, adapters, versions
+        return dtype, str(device), autocast, adapters, versions
 
 
 def name_for(tower: Tower) -> str:
@@ -135,7 +158,10 @@ def name_for(tower: Tower) -> str:
 
 def block_modules(block: Block) -> list[nn.Module]:
     """The modules that a prompt passes through."""
-    return [m for m in (block.norm, block.k_proj, block.v_proj, block.k_norm) if m is not None]
+    through = [block.by_now(part) for part in THROUGH]
+    if block.k_proj is None:
+        through = [block.norm, *block.attention.modules()]
+    return [m for m in through if m is not None]
 
 
 # ---- the attention function ----
@@ -179,38 +205,36 @@ def attention_forward(
         bias = bias.detach()  # frozen; reentrant checkpointing says that it wants a gradient
         bias, of_prompts = bias[..., rows:], bias[..., :rows]
         masks["attn_mask"] = _with_mask(bias, masks.get("attn_mask"))
-    if side.prompt is None and side.previous in ("eager", "sdpa") and not side.block.packed:
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    crosses = module is not side.block.attention  # which has no prompts of its own
+    sides = None if crosses else side.sides(dtype, choice)
+    if sides is None and side.previous in ("eager", "sdpa") and not side.block.packed:
         rest = dict(kwargs, dropout=dropout, scaling=scaling, is_causal=is_causal)
         return _without_prompt(side.previous, module, query, key, value, masks, rest)
 
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (t.to(dtype) for t in (query, key, value))
-    if side.prompt is None:
-        *prompts, index = *key.new_empty(2, key.shape[1], 0, key.shape[3]).unbind(0), None
-    else:
-        *prompts, index = side.for_batch(dtype, choice)
+    if sides is None:
+        sides = *key.new_empty(2, key.shape[1], 0, key.shape[3]).unbind(0), {}
+    *prompts, choosing = sides
     inputs = (query, key, value, *prompts)
-    options = dict(masks, scale=scaling)
+    options = dict(masks, scale=scaling, **_for_rows(side.block, choosing, query, masks))
     if side.previous != "sdpa":  # which in transformers 5.17 left Gemma 2's out
         options["softcap"] = kwargs.get("softcap")
     if bias is not None:
-        options["prompt_bias"] = of_prompts[..., rows - prompts[0].shape[-2] :]
-    if index is not None:
-        options["prompt_index"] = index
+        options["prompt_bias"] = _bias_of(of_prompts, prompts[0].shape[-2], options)
     sinks = kwargs.get("s_aux")
     if sinks is None:
         recorder.record(side.block.name, inputs, options)
     else:
         recorder.record(side.block.name, inputs, dict(options, sinks=sinks))
-        inputs, options["prompt_bias"] = with_sinks(inputs, sinks)
+        inputs, options = with_sinks(inputs, sinks, options)
     # no other way drops what eager attention drops beside soft-capping and sinks
     by_eager = not side.by_need or dropout or kwargs.get("output_attentions")
     if side.previous == "eager" and by_eager and not side.block.packed:
         out, weights = reference.prompt_attention_with_weights(*inputs, dropout=dropout, **options)
         if sinks is not None:  # transformers' weights have no column for them
-            P = prompts[0].shape[-2]
-            weights = torch.cat([weights[..., :P], weights[..., P + 1 :]], dim=-1)
+            weights = weights[..., 1:]
         return out.transpose(1, 2), weights
     if dropout:
         return _with_dropout(*inputs, dropout, options).transpose(1, 2), None
@@ -223,16 +247,49 @@ def _with_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
-def with_sinks(inputs: tuple[Tensor, ...], sinks: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+def _for_rows(block: Block, choosing: dict, query: Tensor, masks: dict) -> dict:
+    """The options that choose prompts, of each sequence that the attention sees."""
+    index, B = choosing.get("prompt_index"), query.shape[0]
+    if index is None:
+        return choosing
+    if block.packed:  # by place: a sequence has the set of its first
+        index = index[masks["cu_seqlens_q"][:-1]]
+    elif len(index) != B:  # windows of one image
+        if B % max(1, len(index)):
+            raise ValueError(
+                f"{block.name}: want a batch of {len(index)} rows, each with its prompts, or of "
+                f"as many windows of each; got {B}"
+            )
+        index = index.repeat_interleave(B // len(index))
+    return choosing | dict(prompt_index=index)
+
+
+def _bias_of(bias: Tensor, P: int, options: dict) -> Tensor:
+    """[1 or B, H, N, P] of a bias [1, H, N, rows] of places -rows .. -1: prompts end at -1."""
+    rows, lengths = bias.shape[-1], options.get("prompt_len")
+    if lengths is None:
+        return bias[..., rows - P :]
+    places = torch.arange(P, device=bias.device) + rows - lengths[:, None]  # [S, P]
+    bias = bias[0][..., places.clamp(max=rows - 1)]  # [H, N, S, P]; what is past a set is not seen
+    return bias.permute(2, 0, 1, 3)[options["prompt_index"]]
+
+
+def with_sinks(
+    inputs: tuple[Tensor, ...], sinks: Tensor, options: dict
+) -> tuple[tuple[Tensor, ...], dict]:
     """gpt-oss's: a score [Hq] in each row's softmax that has no value.
 
-    That is what one more prompt is whose key and value are 0 and whose bias is that score.
+    That is what one more prompt is, the first, whose key and value are 0 and whose bias is that
+    score.
     """
     query, key, value, *prompts = inputs
-    prompts = [F.pad(x, (0, 0, 0, 1)) for x in prompts]
+    prompts = [F.pad(x, (0, 0, 1, 0)) for x in prompts]
     bias = query.new_zeros(1, query.shape[1], 1, prompts[0].shape[-2])
-    bias[..., -1] = sinks[:, None]
-    return (query, key, value, *prompts), bias.expand(-1, -1, query.shape[2], -1)
+    bias[..., 0] = sinks[:, None]
+    options = dict(options, prompt_bias=bias.expand(-1, -1, query.shape[2], -1))
+    if "prompt_len" in options:
+        options["prompt_len"] = options["prompt_len"] + 1
+    return (query, key, value, *prompts), options
 
 
 def as_options(
@@ -275,6 +332,7 @@ def _with_dropout(query, key, value, prompt_k, prompt_v, dropout, options) -> Te
     """Concatenated: a softmax in two parts cannot drop what SDPA drops from the whole row."""
     B, P = query.shape[0], prompt_k.shape[-2]
     scale, index = options.pop("scale"), options.pop("prompt_index", None)
+    lengths = options.pop("prompt_len", None)
     if index is not None:
         prompt_k, prompt_v = prompt_k[index], prompt_v[index]
     if options.pop("softcap", None) is not None:
@@ -282,10 +340,12 @@ def _with_dropout(query, key, value, prompt_k, prompt_v, dropout, options) -> Te
     bias = options.pop("prompt_bias", None)
     mask = reference.additive_mask(query.shape[2], key.shape[2], query, **options)
     if bias is None:
-        mask = F.pad(mask, (P, 0))
-    else:
-        lead = torch.broadcast_shapes(mask.shape[:-1], bias.shape[:-1])
-        mask = torch.cat([x.expand(*lead, -1) for x in (bias, mask)], dim=-1)
+        bias = mask.new_zeros(1, 1, 1, P)
+    if lengths is not None:
+        absent = torch.arange(P, device=mask.device) >= lengths[index][:, None]
+        bias = bias.masked_fill(absent[:, None, None, :], -torch.inf)
+    lead = torch.broadcast_shapes(mask.shape[:-1], bias.shape[:-1])
+    mask = torch.cat([x.expand(*lead, -1) for x in (bias, mask)], dim=-1)
     key, value = (
         torch.cat([prompt.expand(B, -1, -1, -1), x], dim=2)
         for prompt, x in ((prompt_k, key), (prompt_v, value))
@@ -294,53 +354,6 @@ def _with_dropout(query, key, value, prompt_k, prompt_v, dropout, options) -> Te
         query, key, value, mask, dropout_p=dropout, scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
-
-
-# ---- the mask function ----
-
-
-def attention_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function=causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    **kwargs,
-) -> Tensor | None:
-    """The mask for `attention_forward`, as small as the pattern allows.
-
-    Returns:
-        Where the pattern is causal, with or without a sliding window (aligned at the last key), or
-        full: the padding mask [B, M] bool, or None without padding; `attention_forward` knows the
-        window. Else [B, 1, N, M] bool.
-    """
-    causal = mask_function is causal_mask_function or _is_sliding_window(mask_function)
-    # a static cache is longer than what it holds, so its last key is not the last query's
-    at_the_end = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    if mask_function is bidirectional_mask_function or (causal and at_the_end):
-        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        return None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
-    return sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-        kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
-        local_size=local_size, allow_is_causal_skip=False, **kwargs,
-    )  # fmt: skip
-
-
-def _is_sliding_window(mask_function) -> bool:
-    """Whether this is ``sliding_window_causal_mask_function(…)`` and nothing more (no packing)."""
-    cells = getattr(mask_function, "__closure__", None) or ()
-    parts = [cell.cell_contents for cell in cells]
-    if len(parts) != 1 or not isinstance(parts[0], tuple) or len(parts[0]) != 2:
-        return False
-    window, causal = parts[0]
-    of = getattr(window, "__qualname__", "")
-    return causal is causal_mask_function and of.startswith("sliding_window_overlay.")
 
 
 def register() -> None:

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from fastprompt.families import Block, Tower, anatomy
 from fastprompt.methods import Method
-from fastprompt.prompts import Prompt
+from fastprompt.methods.base import new_prompts
+from fastprompt.prompts import CHILD, Prompt
 
 # modules of a layer that return a bias [1, H, N, N] between places of an image
 _BIAS = "relative_position_bias"
+# a layer's arguments of places by places
+_MASKS = ("attention_mask", "attn_mask", "shared_rel_pos_bias")
 
 
 @dataclass(eq=False)
@@ -26,27 +29,37 @@ class WriteRows:
         module: a block, or its attention where windows are cut before it.
         norm: what prompts go through first, where ``module`` is given normed rows.
         rotated: whether tokens are rotated by places that prompts do not have.
+        skip: rows by which another block's prompt is longer: positions that this one's has not.
+        axis: of tokens among those of hidden states.
     """
 
     module: nn.Module
     prompt: Prompt
     norm: nn.Module | None = None
     rotated: bool = False
+    skip: int = 0
+    axis: int = 1
 
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor | tuple:
         forward, P = type(self.module).forward, self.prompt.tokens.shape[0]
         names = list(inspect.signature(forward).parameters)[2:]
         given = kwargs | dict(zip(names, args, strict=False))
-        if given.get("attention_mask") is not None:
-            given["attention_mask"] = _with_rows(given["attention_mask"], P)
-        rows = self.prompt.tokens.to(hidden_states.dtype)
+        for name in _MASKS:
+            if given.get(name) is not None:
+                given[name] = _with_rows(given[name], P)
+        rows = self.prompt.rows().to(hidden_states.dtype)
         rows = rows if self.norm is None else self.norm(rows)
         if self.rotated:
             cos, sin = given["position_embeddings"]
             given["position_embeddings"] = _unrotated(cos, 1.0, P), _unrotated(sin, 0.0, P)
-        rows = rows.expand(hidden_states.shape[0], -1, -1)
-        out = forward(self.module, torch.cat([rows, hidden_states], dim=1), **given)
-        return (out[0][:, P:], *out[1:]) if isinstance(out, tuple) else out[:, P:]
+        elif self.skip and given.get("position_embeddings") is not None:
+            cos, sin = given["position_embeddings"]
+            given["position_embeddings"] = cos[:, self.skip :], sin[:, self.skip :]
+        rows = rows.expand(hidden_states.shape[1 - self.axis], -1, -1).movedim(1, self.axis)
+        out = forward(self.module, torch.cat([rows, hidden_states], dim=self.axis), **given)
+        if isinstance(out, tuple):
+            return out[0][:, P:], *out[1:]
+        return out.narrow(self.axis, P, out.shape[self.axis] - P)
 
 
 @dataclass(eq=False)
@@ -96,13 +109,15 @@ class WritePositions:
 
 @dataclass(eq=False)
 class PadBias:
-    """Stands in for the forward of a module that makes a bias: prompts' is 0."""
+    """Stands in for the method of a module that makes a bias: prompts' is 0."""
 
     module: nn.Module
     P: int
+    method: str = "forward"
 
     def __call__(self, *args, **kwargs) -> Tensor:
-        return _with_rows(type(self.module).forward(self.module, *args, **kwargs), self.P)
+        made = getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+        return _with_rows(made, self.P)
 
 
 @dataclass(eq=False)
@@ -125,39 +140,39 @@ def concatenate(model: nn.Module, method: Method) -> dict[str, Prompt]:
     Returns:
         Module name -> prompt, as `Patch.prompts` names them.
     """
+    lengths = method.lengths()
+    towers = [tower for tower in anatomy(model).towers if lengths.get(tower.kind)]
+    prompts, _ = new_prompts(method, towers)
+    if any(map(method.as_tokens, towers)) or {type(p) for p in prompts.values()} - {Prompt}:
+        raise ValueError(f"concatenate: want prompts that are rows of each block, got {method}")
     model.requires_grad_(False)
-    prompts = {}
-    for tower in anatomy(model).towers:
-        length = method.lengths().get(tower.kind, 0)
-        if length:
-            prompts |= _tower(tower, length, method)
-    return prompts
+    for tower in towers:
+        _tower(tower, lengths[tower.kind], prompts)
+    return {f"{name}.{CHILD}": prompt for name, prompt in prompts.items()}
 
 
-def _tower(tower: Tower, length: int, method: Method) -> dict[str, Prompt]:
-    prompts = {}
-    chosen = method.blocks(tower)
+def _tower(tower: Tower, length: int, prompts: dict[str, Prompt]) -> None:
     for block in tower.blocks:
-        if block not in chosen:
-            block.layer.forward = WithoutRows(block.layer, length)
+        prompt = prompts.get(block.name)
+        if prompt is None:
+            block.layer.forward = WithoutRows(block.layer, 0 if tower.rotary is None else length)
             continue
-        weight = block.like.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        tokens = torch.empty(length, block.width, dtype=dtype, device=weight.device)
-        prompt = block.layer.fastprompt = Prompt(method.init_(tokens))
-        _write(tower, block, prompt)
-        prompts[f"{block.name}.fastprompt"] = prompt
+        block.layer.add_module(CHILD, prompt)
+        _write(tower, block, prompt, length - prompt.length)
     if tower.rotary is not None:
         tower.rotary.forward = WritePositions(tower.rotary, length)
-    return prompts
 
 
-def _write(tower: Tower, block: Block, prompt: Prompt) -> None:
-    layer, attention = block.layer, block.attention
+def _write(tower: Tower, block: Block, prompt: Prompt, skip: int) -> None:
+    layer, attention, P = block.layer, block.attention, prompt.tokens.shape[0]
     for owner in (layer, attention):
         bias = getattr(owner, _BIAS, None)
         if bias is not None:
-            bias.forward = PadBias(bias, prompt.tokens.shape[0])
+            bias.forward = PadBias(bias, P)
+    if hasattr(attention, "_get_rel_pos_bias"):  # timm's BEiT
+        attention._get_rel_pos_bias = PadBias(attention, P, "_get_rel_pos_bias")
+    if hasattr(attention, "num_prefix_tokens"):  # timm's EVA: those that are not rotated
+        attention.num_prefix_tokens += P
     if tower.packed:
         layer.forward = WritePackedRows(layer, prompt)
     elif tower.family == "swin":
@@ -165,7 +180,8 @@ def _write(tower: Tower, block: Block, prompt: Prompt) -> None:
     else:
         rotated = "position_embeddings" in inspect.signature(type(layer).forward).parameters
         rotated = rotated and tower.rotary is None
-        layer.forward = WriteRows(layer, prompt, rotated=rotated)
+        axis = int(getattr(attention, "batch_first", True))  # of open_clip's
+        layer.forward = WriteRows(layer, prompt, rotated=rotated, skip=skip, axis=axis)
 
 
 def _with_rows(mask: Tensor, P: int) -> Tensor:

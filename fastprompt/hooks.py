@@ -3,11 +3,15 @@
 import inspect
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastprompt import attention
 from fastprompt.families import Tower
+from fastprompt.mixed import Mixed
+from fastprompt.prompts import CHILD
 
 
 @dataclass(eq=False)
@@ -39,6 +43,51 @@ class CountFromText:
 
 
 @dataclass(eq=False)
+class BeginAt:
+    """Forward pre-hook of a language model with learned positions: its first token is at `first`,
+    in rows that have prompts.
+
+    Given ``position_ids`` are moved on by as much; where none are given they count what the tower's
+    do, the columns or the tokens, those in the cache included.
+    """
+
+    tower: Tower
+    first: int
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        positions, mask = given.get("position_ids"), given.get("attention_mask")
+        if positions is None:
+            embeds, cache = given.get("inputs_embeds"), given.get("past_key_values")
+            tokens = embeds if embeds is not None else given["input_ids"]
+            past, N = 0 if cache is None else cache.get_seq_length(), tokens.shape[1]
+            by_tokens = self.tower.counts == "tokens"
+            if by_tokens and isinstance(mask, Tensor) and mask.ndim == 2:
+                seen = mask.long()
+                positions = (seen.cumsum(-1) * seen - 1)[:, past : past + N]
+            else:
+                positions = torch.arange(past, past + N, device=tokens.device)[None]
+        first = self._first(given.get(attention.CHOICE))
+        return (), given | {"position_ids": positions + first}
+
+    def _first(self, choice: Any) -> int | Tensor:
+        """Of all rows, or [B, 1]: tokens without prompts in front are where the base model's are.
+
+        ``choice``: what came with the batch.
+        """
+        blocks = self.tower.blocks
+        if not isinstance(choice, Mixed):
+            sides = [vars(block.attention)[attention.ATTRIBUTE] for block in blocks]
+            return self.first if any(side.prompt is not None for side in sides) else 0
+        firsts = [self.first * any(block.name in each for block in blocks) for each in choice.sets]
+        if choice.index is None:
+            return firsts[0]
+        of_rows = sum((choice.index == i) * first for i, first in enumerate(firsts))
+        return of_rows[:, None]
+
+
+@dataclass(eq=False)
 class StillSwitchedOn:
     """Forward pre-hook of a tower: its blocks still call fastprompt's attention function.
 
@@ -56,6 +105,32 @@ class StillSwitchedOn:
                     f"prompt would be seen; got {config._attn_implementation!r}, set after "
                     "patching: patch.undo() first, or set it before patching"
                 )
+
+
+@dataclass(eq=False)
+class PromptsStillTrain:
+    """Forward pre-hook of a tower: says once, in training, that none of its prompts does.
+
+    PEFT's ``get_peft_model`` after the patch freezes all but its own.
+    """
+
+    tower: Tower
+    asked: bool = False
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if self.asked or not module.training or not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():
+            return
+        self.asked = True
+        prompts = [getattr(block.layer, CHILD, None) for block in self.tower.blocks]
+        wanted = [p.requires_grad for prompt in prompts if prompt for p in prompt.parameters()]
+        if not any(wanted) and any(p.requires_grad for p in module.parameters()):
+            warnings.warn(
+                f"{self.tower.name or self.tower.family}: other parameters train, and none of the "
+                "prompts: if get_peft_model froze them, patch.requires_grad_() lets them train",
+                stacklevel=2,
+            )
 
 
 @dataclass(eq=False)
@@ -97,6 +172,25 @@ class GradIntoFirstBlock:
                 stacklevel=2,
             )
         return True
+
+
+@dataclass(eq=False)
+class NotReentrant:
+    """Forward pre-hook of a timm model: its gradient checkpointing is not the reentrant kind.
+
+    That gives no gradient to a segment none of whose inputs wants one, and so to no prompt at all.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if not getattr(module, "grad_checkpointing", False) or not torch.is_grad_enabled():
+            return
+        from timm.layers import use_reentrant_ckpt
+
+        if use_reentrant_ckpt():
+            raise ValueError(
+                "gradient checkpointing: want timm.layers.set_reentrant_ckpt(False), or no prompt "
+                "would get a gradient; got True"
+            )
 
 
 @dataclass(eq=False)

@@ -1,7 +1,8 @@
-"""`patch(model)`: give a frozen transformers model trainable prompts, in place, reversibly."""
+"""`patch(model)`: give a frozen transformer trainable prompts, in place, reversibly."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,24 +10,25 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from fastprompt import families, reporting, tapping, undoing
+from fastprompt import adapters, families, reporting, tapping, undoing, without
 from fastprompt.blocks import fp8
 from fastprompt.blocks.frozen import Frozen
 from fastprompt.blocks.memory import CHOICES as MEMORIES
 from fastprompt.blocks.memory import Memory
 from fastprompt.families import VISION, Anatomy
 from fastprompt.loss import FusedLoss
-from fastprompt.methods import Method, default_for
+from fastprompt.methods import Method, check, default_for
 from fastprompt.ops.options import BACKENDS
 from fastprompt.pools import Pool
 from fastprompt.prompts import CHILD, Prompt
 from fastprompt.steps import apply
+from fastprompt.with_sets import WithSets
 
 ATTRIBUTE = "_fastprompt_patch"
 
 
 @dataclass(eq=False)
-class Patch:
+class Patch(WithSets):
     """What `patch` did to one model, and the way back.
 
     Attributes:
@@ -35,14 +37,17 @@ class Patch:
         skipped: module name -> why it was left alone.
         backend: which implementation of `ops.prompt_attention` runs.
         compute: what the blocks' products are computed in.
+        given: names of frozen parameters that are not the base model's: a projector loaded into it.
+            `fastprompt.save` writes them beside what trains.
         pool: what chooses prompts for each sample, under L2P, DualPrompt and CODA-Prompt.
         memory, memories: what to keep of each block for backward: as asked, and by tower.
+        baked: whether prompts are keys and values for good: see `fastprompt.bake`.
         unfused: block name -> why it never runs as one node.
         logits: whether a training forward with labels is to return logits beside its loss.
         loss: what computes a language model's loss without them, or why nothing does.
     """
 
-    model: PreTrainedModel
+    model: nn.Module
     method: Method
     anatomy: Anatomy
     backend: str = "auto"
@@ -55,6 +60,8 @@ class Patch:
     logits: bool = False
     loss: FusedLoss | str = "no language model's head"
     compute: str = "auto"
+    given: tuple[str, ...] = ()
+    baked: bool = False
     _names: list[str] = field(default_factory=list)  # of the parameters that train
     _undo: list[tuple[str, Any]] = field(default_factory=list)  # newest last
 
@@ -85,6 +92,13 @@ class Patch:
             if hasattr(block.layer, CHILD)
         }
 
+    def requires_grad_(self) -> Patch:
+        """Let all that trains want a gradient again, after PEFT's ``get_peft_model``, which freezes
+        everything but its own. Returns the patch."""
+        for p in self.trainable.values():
+            p.requires_grad_(True)
+        return self
+
     def report(self) -> str:
         """What was replaced, what was skipped and why, and what trains, as text."""
         return reporting.report(self)
@@ -103,8 +117,10 @@ class Patch:
         return processor
 
     def refresh(self) -> None:
-        """Forget cached prompt keys and values: after a write through ``.data``."""
-        for prompt in self.prompts.values():
+        """Forget cached prompt keys and values, of all sets: after a write through ``.data``."""
+        sets = [] if self._sets is None else self._sets.named.values()
+        resting = (prompt for each in sets for prompt in each.prompts.values())
+        for prompt in (*self.prompts.values(), *resting):
             prompt.refresh()
 
     def query(self, features: Tensor) -> AbstractContextManager[None]:
@@ -136,6 +152,58 @@ class Patch:
             raise ValueError(f"want a patch with L2P, DualPrompt or CODAPrompt, got {self.method}")
         return self.pool
 
+    def disabled(self) -> AbstractContextManager[None]:
+        """``with patch.disabled():`` forwards inside are the base model's, without prompts and
+        with its own projector and head. Backward wants to be inside as well."""
+        return without.disabled(self)
+
+    def check(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """How far the logits move when a block's prompt is taken out, relative to their norm.
+
+        Runs one forward more than there are prompts, without gradients, in evaluation mode. Warns
+        if no block's prompt matters: were they loaded?
+
+        Args:
+            batch: keyword arguments of the model's forward.
+
+        Returns:
+            Block name -> the norm of the difference over the norm of the logits.
+        """
+        return without.check(self, batch)
+
+    def param_groups(
+        self,
+        *,
+        prompt_lr: float | None = None,
+        projector_lr: float | None = None,
+        head_lr: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """What trains, as groups for an optimizer: of prompts, projector, head, and the rest.
+
+        Args:
+            prompt_lr, projector_lr, head_lr: a group's learning rate; None: the optimizer's own.
+
+        Returns:
+            One group of "name" and "params" for each of these that there is.
+        """
+        kinds = dict(projector="projector", head="head", lm_head="head")
+        parts = {f"{name}.": kinds[part] for part, name in self.anatomy.parts.items()}
+        groups: dict[str, list[nn.Parameter]] = {"prompts": [], "projector": [], "head": []}
+        for name, p in self.trainable.items():
+            kind = next((k for part, k in parts.items() if name.startswith(part)), "rest")
+            kind = "prompts" if CHILD in name.split(".") else kind
+            groups.setdefault(kind, []).append(p)
+        rates = dict(prompts=prompt_lr, projector=projector_lr, head=head_lr)
+        for name, rate in rates.items():
+            if rate is not None and not groups[name]:
+                raise ValueError(f"param_groups: want no rate for the {name}: none trains")
+        return [
+            dict(name=name, params=params)
+            | ({} if rates.get(name) is None else {"lr": rates[name]})
+            for name, params in groups.items()
+            if params
+        ]
+
     def undo(self) -> None:
         """Give the exact old model back: modules, values, requires_grad flags and config.
 
@@ -144,8 +212,9 @@ class Patch:
 
         Raises:
             ValueError: a head that trained was resized since, so that the old one no longer fits
-                the embeddings; nothing has been changed then.
+                the embeddings, or blocks were split (``--shard``); nothing has been changed then.
         """
+        undoing.check_whole(self._undo)
         resized = undoing.resized(self._undo)
         while self._undo:
             step, what = self._undo.pop()
@@ -154,13 +223,15 @@ class Patch:
             config.vocab_size = size
         for kept in (self._names, self.memories, self.unfused):
             kept.clear()
-        self.pool = None
+        if self._sets is not None:
+            self._sets.release()
+        self.pool = self._sets = None
         self.loss = "undone"
         self.model.__dict__.pop(ATTRIBUTE, None)
 
 
 def patch(
-    model: PreTrainedModel,
+    model: nn.Module,
     method: Method | None = None,
     *,
     backend: str = "auto",
@@ -175,8 +246,11 @@ def patch(
     before every block computes), so no sequence gets longer.
 
     Args:
-        model: a transformers model, dense or 4-bit (bitsandbytes), not yet wrapped by DDP, PEFT
-            or torch.compile: patch first, wrap after.
+        model: a model of transformers, timm or open_clip, dense or 4-bit (bitsandbytes;
+            `fastprompt.quantize_`), not yet wrapped by DDP or torch.compile: patch first, wrap
+            after. It may have PEFT's adapters (LoRA), or be a PeftModel: what PEFT trains goes on
+            training, and prompts pass through the adapters of their block. Adapters put on after
+            the patch freeze prompts as all else: `Patch.requires_grad_`.
         method: of `fastprompt.methods`. None picks by architecture: M2PT for a vision-language
             model, VPT-deep for a vision model, deep prompts for a language model.
         backend: of `fastprompt.ops.prompt_attention`.
@@ -204,6 +278,7 @@ def patch(
         ValueError: a model or an option that is not served; the model is then as it was.
     """
     check_model(model)
+    model = adapters.unwrapped(model)
     if backend not in BACKENDS:
         raise ValueError(f"backend: want one of {', '.join(BACKENDS)}; got {backend!r}")
     if memory not in MEMORIES:
@@ -218,7 +293,9 @@ def patch(
     if method is not None and not isinstance(method, Method):
         raise ValueError(f"method: want one of fastprompt.methods, got {method!r}")
     method = default_for(anatomy) if method is None else method
-    method.check(anatomy)
+    check(method, anatomy)
+    if adapters.configs(model) and type(method).adapt is not Method.adapt:
+        raise ValueError(f"{method}: want a model without adapters, got {adapters.kinds(model)}")
     _check_devices(anatomy, compute)
 
     done = Patch(model, method, anatomy, backend, memory=memory, compute=compute, logits=logits)
@@ -237,25 +314,28 @@ def patch_of(model: nn.Module) -> Patch:
     Raises:
         ValueError: the model is not patched.
     """
-    found = vars(model).get(ATTRIBUTE)
+    found = vars(adapters.unwrapped(model)).get(ATTRIBUTE)
     if found is None:
         raise ValueError(f"{type(model).__name__}: want a patched model, got one without a patch")
     return found
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise a ValueError if it is patched, wrapped or adapted, or no transformers model at all."""
-    kind = type(model).__name__
+    """Raise a ValueError if it is patched, wrapped or adapted, or of no library that is served."""
+    kind, why = type(model).__name__, adapters.refusal(model)
+    if why is not None:
+        raise ValueError(f"{kind}: {why}")
+    model = adapters.unwrapped(model)
     if ATTRIBUTE in getattr(model, "__dict__", {}):
         raise ValueError(f"{kind} is patched already: patch.undo() first")
     if hasattr(model, "_orig_mod"):
         raise ValueError(f"{kind}: want the model itself; patch first, then torch.compile")
-    if hasattr(model, "peft_config") or kind.startswith("Peft"):
-        raise ValueError(f"{kind}: want a model without PEFT adapters (not served yet)")
     if hasattr(model, "module") and not isinstance(model, PreTrainedModel):
         raise ValueError(f"{kind}: want the model inside; patch first, then wrap it (DDP, FSDP)")
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"want a transformers PreTrainedModel, got {kind}")
+    if not isinstance(model, PreTrainedModel) and not families.outside(model):
+        raise ValueError(
+            f"want a transformers PreTrainedModel, a timm or open_clip model; got {kind}"
+        )
     inner = next((n for n, m in model.named_modules() if ATTRIBUTE in vars(m)), None)
     if inner is not None:
         raise ValueError(f"{kind}: its part {inner!r} is patched already: undo that patch first")

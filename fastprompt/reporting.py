@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from fastprompt import families, native
+from fastprompt import adapters, families, linear4bit, native, native_cuda
 from fastprompt.blocks.fp8 import why_not
-from fastprompt.methods import Method, default_for
+from fastprompt.methods import Method, check, default_for
+from fastprompt.methods.base import new_prompts
+from fastprompt.ops import nf4_linear_cuda
 from fastprompt.ops.prompt_attention import chosen_backend
 from fastprompt.prompts import row_like
 
@@ -37,8 +39,9 @@ def report(patch: Patch) -> str:
                 f"  attention dropout {dropout}: in training, keys are concatenated for SDPA"
             )
 
+    lines += _sets(patch)
     trained = {name: p.numel() for name, p in patch.trainable.items()}
-    prompts = sum(n for name, n in trained.items() if name.endswith(".fastprompt.tokens"))
+    prompts = sum(count(prompt) for prompt in patch.prompts.values())
     total = count(model)
     lines += ["", f"trains  {sum(trained.values()):,} of {total:,} parameters ({_share(patch)})"]
     lines.append(f"  prompts  {prompts:,}")
@@ -47,14 +50,21 @@ def report(patch: Patch) -> str:
         if "trains" in what:
             lines.append(f"  {name}  {size:,}  ({what})")
 
-    four_bit = [m for m in model.modules() if is_4bit(m)]
-    lines += ["", f"frozen  {total - sum(trained.values()):,} parameters"]
+    others = model.named_parameters() if adapters.configs(model) else ()
+    others = sum(p.numel() for n, p in others if p.requires_grad and n not in trained)
+    if others:
+        lines.append(f"  adapters  {others:,}  (PEFT's {adapters.kinds(model)}, which saves them)")
+
+    # PEFT's wrapper shows its base layer's weight as its own
+    four_bit = [*{id(m.weight): m for m in model.modules() if is_4bit(m)}.values()]
+    lines += ["", f"frozen  {total - sum(trained.values()) - others:,} parameters"]
     if four_bit:
         lines[-1] += f", {sum(map(_numel, four_bit)):,} of them in 4-bit ({len(four_bit)} layers)"
         how = f"decoded by csrc ({native.isa()})" if native.available() else "decoded by torch"
         lines.append(
             f"  on the CPU  {how}" + ("" if native.available() else f": {native.why_missing()}")
         )
+        lines += _on_gpus({m.weight.device for m in four_bit})
     lines += ["", *_blocks(patch)]
     if hasattr(model, "lm_head"):
         lines.append(_loss(patch))
@@ -62,6 +72,21 @@ def report(patch: Patch) -> str:
     if patch.skipped:
         lines += ["", "skipped", *(f"  {name}: {why}" for name, why in patch.skipped.items())]
     return "\n".join(lines)
+
+
+def _sets(patch: Patch) -> list[str]:
+    """One line for each prompt set, where there are several."""
+    if not patch.several:
+        return []
+    lines = ["", f"prompt sets  {len(patch.sets)}, {patch.in_use} in use"]
+    for name, each in patch.sets.items():
+        rows = ", ".join(f"{n} {kind}" for kind, n in each.method.lengths().items() if n)
+        names = each.parts or ()  # trained ones, or a frozen projector that was loaded
+        places = patch.anatomy.parts.items()
+        parts = [kind for kind, at in places if any(name.startswith(f"{at}.") for name in names)]
+        own = f", {' and '.join(parts)} of its own" if parts else ""
+        lines.append(f"  {name}  {rows} rows{own}")
+    return lines
 
 
 class Share(NamedTuple):
@@ -85,22 +110,21 @@ def trainable_share(model: nn.Module, method: Method | None = None) -> Share:
     """What `patch` with this method would train; nothing changes, and "meta" models will do.
 
     Raises:
-        ValueError: a model or a method that is not served.
+        ValueError: a model or a method that is not served, or a model that is patched already.
     """
+    if hasattr(model, "_fastprompt_patch"):
+        raise ValueError("trainable_share: want a model before its patch, whose report says it")
     anatomy = families.anatomy(model)
     method = default_for(anatomy) if method is None else method
-    method.check(anatomy)
+    check(method, anatomy)
     if type(method).adapt is not Method.adapt:
         raise ValueError(f"{method}: want a method of prompts; of others, count patch.trainable")
-    trained, total = {"prompts": 0}, count(model)
-    for tower in anatomy.towers:
-        if method.lengths().get(tower.kind):
-            for layer, block in enumerate(method.blocks(tower)):
-                prompt = method.prompt(tower.kind, layer, method.row(block))
-                trained["prompts"] += 0 if prompt is None else count(prompt)
-            pool = method.pool(tower)
-            keys = pool and pool.method.shared_keys(row_like(tower.blocks[0].like.weight))
-            trained["prompts"] += count(keys) if keys is not None else 0
+    towers = [t for t in anatomy.towers if method.lengths().get(t.kind) and t.blocks]
+    prompts, beside = new_prompts(method, towers)
+    pools = [(method.pool(tower), row_like(tower.blocks[0].like.weight)) for tower in towers]
+    keys = [pool.method.shared_keys(like) for pool, like in pools if pool is not None]
+    made = [*prompts.values(), *(module for _, module in beside), *filter(None, keys)]
+    trained, total = {"prompts": sum(map(count, made))}, count(model)
     total += trained["prompts"]
     for part in method.trains():
         if part in anatomy.parts:
@@ -115,9 +139,13 @@ def _share(patch: Patch) -> str:
     text, parts = f"{100 * own / max(1, total):.3f}%", patch.anatomy.parts
     if "projector" not in parts or "lm_head" not in parts:
         return text
-    head = count(patch.model.get_submodule(parts["lm_head"]))
+    lm_head = patch.model.get_submodule(parts["lm_head"])
+    head, trained = count(lm_head), {id(p) for p in patch.trainable.values()}
     if "lm_head" in patch.method.trains():
         return f"{text}; without lm_head {100 * (own - head) / total:.3f}%"
+    if any(id(p) in trained for p in lm_head.parameters()):  # with all that is around it
+        return text
+    total += head * is_tied(patch.model)  # a copy of its own
     return f"{text}; with lm_head {100 * (own + head) / total:.3f}%"
 
 
@@ -184,8 +212,8 @@ def _loss(patch: Patch) -> str:
 def _backend(patch: Patch) -> str:
     if patch.backend != "auto":
         return patch.backend
-    model = patch.anatomy.towers[0].model
-    like = torch.empty(0, dtype=model.dtype, device=model.device)
+    own = next(p for p in patch.anatomy.towers[0].model.parameters() if p.is_floating_point())
+    like = torch.empty(0, dtype=own.dtype, device=own.device)
     chosen = chosen_backend(like)
     rest = (
         "; what that does not take goes to vendor: float16, float16 masks, additive masks beside "
@@ -193,6 +221,19 @@ def _backend(patch: Patch) -> str:
         "(cu_seqlens), fewer heads than threads"
     )
     return f"auto: {chosen} (on {like.device.type})" + rest * (chosen == "native")
+
+
+def _on_gpus(devices: set[torch.device]) -> list[str]:
+    """What multiplies few tokens with 4-bit weights there."""
+    lines = []
+    for device in sorted((d for d in devices if d.type == "cuda"), key=str):
+        why = nf4_linear_cuda.why_not(device)
+        off = f"({native_cuda.OFF} turns it off)"
+        how = (
+            f"{linear4bit.FEW[0]} to {linear4bit.FEW[-1]} tokens are multiplied by csrc/cuda {off}"
+        )
+        lines.append(f"  on {device}  " + (f"csrc/cuda is not used: {why}" if why else how))
+    return lines
 
 
 def count(model: nn.Module) -> int:
@@ -208,7 +249,7 @@ def is_tied(model: nn.Module) -> bool:
 
 def is_4bit(module: nn.Module) -> bool:
     """Whether the module is a linear layer with a packed 4-bit weight."""
-    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+    return hasattr(module, "weight") and linear4bit.state_of(module) is not None
 
 
 def _numel(linear: nn.Linear) -> int:

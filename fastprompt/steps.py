@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fastprompt import attention, hooks, linear4bit, tapping, trainer
+from fastprompt import adapters, attention, hooks, linear4bit, tapping, token_mode, trainer
 from fastprompt.blocks import fp8
 from fastprompt.blocks.frozen import freeze
-from fastprompt.families import VISION, Tower
-from fastprompt.families.base import join
+from fastprompt.called import Called
+from fastprompt.families import TEXT, VISION, Tower
+from fastprompt.families.base import is_of, join
 from fastprompt.loss import FusedLoss
+from fastprompt.methods.base import new_prompts
 from fastprompt.pools import Pool
-from fastprompt.prompts import CHILD, row_like
+from fastprompt.prompts import CHILD, BlockPrompt, row_like
 from fastprompt.reporting import is_tied
 from fastprompt.trained import trained_copy
 
@@ -28,8 +30,11 @@ def apply(done: Patch) -> None:
     """Do to ``done.model`` all that its method asks; ``done.undo()`` takes back what was done."""
     model, method = done.model, done.method
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    done._undo.append(("requires_grad", flags))
+    done._undo.append(("requires_grad", (model, bool(adapters.configs(model)), flags)))
+    of_peft = adapters.trained(model)
     model.requires_grad_(False)
+    for p in of_peft:
+        p.requires_grad_(True)
 
     adopted = linear4bit.adopt(model)
     done._undo.append(("linear4bit", adopted))
@@ -46,11 +51,17 @@ def apply(done: Patch) -> None:
 
     lengths = method.lengths()
     prompted = [t for t in done.anatomy.towers if lengths.get(t.kind) and t.blocks]
+    prompts, beside = new_prompts(method, prompted)
     for tower in prompted:
-        _add_prompts(done, tower)
+        _add_prompts(done, tower, prompts)
         done.pool = done.pool or method.pool(tower)
+    for tower, module in beside:
+        _add_child(done, tower.model, tower.name, module)
+        done.replaced[join(tower.name, CHILD)] = f"{type(module).__name__}, trains"
+    host = type(done.anatomy.host).__name__
     for tower in done.anatomy.towers:
-        if tower not in prompted:
+        trains = adapted is not None and tower.kind == TEXT  # LoRA, full fine-tuning
+        if tower not in prompted and not trains:
             none = (
                 f"0 {tower.kind} tokens asked for" if tower.blocks else "no block's output is read"
             )
@@ -58,10 +69,20 @@ def apply(done: Patch) -> None:
         for block in tower.unread:
             if block.name not in done.replaced:
                 done.skipped[block.name] = (
-                    "nothing reads its output: no prompt, and not run by LLaVA"
+                    f"nothing reads its output: no prompt, and not run by {host}"
                 )
 
-    _switch_configs(done, prompted)
+    done.skipped |= done.anatomy.beside
+    inside = [tower for tower in prompted if not tower.outside]
+    _switch_configs(done, inside)
+    for tower in prompted:
+        if tower.outside:
+            _call_attention(done, tower)
+            if is_of(tower.model, "timm"):
+                handle = tower.model.register_forward_pre_hook(hooks.NotReentrant())
+                done._undo.append(("hooks", [handle]))
+        handle = tower.model.register_forward_pre_hook(hooks.PromptsStillTrain(tower))
+        done._undo.append(("hooks", [handle]))
     fused = None
     if isinstance(getattr(model, "lm_head", None), nn.Module):
         done.loss = FusedLoss.put_on(model, logits=done.logits)
@@ -74,7 +95,7 @@ def apply(done: Patch) -> None:
         done._undo += [("block", block) for block in frozen.blocks]
         if done.compute == "fp8":
             fp8.check_some([block.parts for block in frozen.blocks], frozen.unfused.values())
-    for tower in prompted:
+    for tower in inside:
         _add_hooks(done, tower)
     if done.pool is not None:
         _add_pool(done, done.pool)
@@ -85,6 +106,9 @@ def apply(done: Patch) -> None:
 def _train(done: Patch, part: str, name: str) -> None:
     model = done.model
     parent, _, child = name.rpartition(".")
+    if any(map(adapters.adapted, model.get_submodule(name).modules())):
+        done.skipped[name] = f"{part}, adapted by PEFT, which trains it"
+        return
     old, tied = model.get_submodule(name), part == "lm_head" and is_tied(model)
     new = trained_copy(old)
     done._undo.append(("module", (model.get_submodule(parent), child, old)))
@@ -96,12 +120,11 @@ def _train(done: Patch, part: str, name: str) -> None:
     done.replaced[name] = f"{part}, trains{how}"
 
 
-def _add_prompts(done: Patch, tower: Tower) -> None:
+def _add_prompts(done: Patch, tower: Tower, prompts: dict[str, BlockPrompt]) -> None:
     blocks, shown = done.method.blocks(tower), _shown(done, tower)
     for layer, block in enumerate(blocks):
-        prompt = done.method.prompt(tower.kind, layer, done.method.row(block))
-        if prompt is not None:
-            _add_child(done, block.layer, block.name, prompt)
+        if block.name in prompts:
+            _add_child(done, block.layer, block.name, prompts[block.name])
             done.replaced[block.name] = done.method.describe(tower.kind, layer)
     if shown != "drop":
         rows = f"{done.method.lengths()[VISION]} prompt rows"
@@ -149,9 +172,11 @@ def _switch_configs(done: Patch, towers: list[Tower]) -> None:
         previous = tower.model.config._attn_implementation or "eager"
         by_need = previous == "eager" and not tower.model._supports_sdpa
         for block in [*tower.blocks, *tower.unread]:
-            as_tokens = _shown(done, tower) == "context" and block is tower.blocks[-1]
+            as_tokens = done.method.as_tokens(tower) or (
+                _shown(done, tower) == "context" and block is tower.blocks[-1]
+            )
             prompt = None if as_tokens else getattr(block.layer, CHILD, None)
-            make = done.method.side_keys() if done.pool is None else done.pool.side_keys
+            make = attention.SideKeys if done.pool is None else done.pool.side_keys
             sides = {block.attention: make(block, prompt, previous, done.backend)}
             sides |= {each: attention.SideKeys(block, None, previous) for each in block.without}
             for module, side in sides.items():
@@ -161,6 +186,19 @@ def _switch_configs(done: Patch, towers: list[Tower]) -> None:
                 # not the property: that would also switch the config's other parts
                 module.config._attn_implementation_internal = attention.name_for(tower)
         tower.model.config._attn_implementation_internal = attention.name_for(tower)
+
+
+def _call_attention(done: Patch, tower: Tower) -> None:
+    """Put prompts into the attentions of a tower outside transformers."""
+    for block in tower.blocks:
+        prompt, module = getattr(block.layer, CHILD, None), block.attention
+        if prompt is None:
+            continue
+        if not getattr(module, "fused_attn", True):  # timm's: whether it calls SDPA at all
+            done._undo.append(("attribute", (module, "fused_attn", module.fused_attn)))
+            module.fused_attn = True
+        side = attention.SideKeys(block, prompt, "sdpa", done.backend)
+        done._undo.append(("called", Called.put_on(module, side)))
 
 
 def _keep_apart(tower: Tower) -> None:
@@ -190,11 +228,17 @@ def _add_hooks(done: Patch, tower: Tower) -> None:
         tower.model.register_forward_pre_hook(first.given, with_kwargs=True),
         tower.model.register_forward_pre_hook(switched_on),
     ]
+    if done.method.as_tokens(tower):
+        handles += token_mode.put_on(tower)
     if tower.rotary is not None:
         start = done.anatomy.first_position
         counts = tower.model if start is None else done.anatomy.host
         count = hooks.CountFromText(start or 0)
         handles.append(counts.register_forward_pre_hook(count, with_kwargs=True))
+    offset = done.method.position_of_first(tower)
+    if offset:
+        begin = hooks.BeginAt(tower, offset)
+        handles.append(tower.model.register_forward_pre_hook(begin, with_kwargs=True))
     done._undo.append(("hooks", handles))
     if tower.bias is not None:
         rows = done.method.lengths()[tower.kind]

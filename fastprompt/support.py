@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fastprompt import families
+from fastprompt import adapters, families
 from fastprompt.methods import Method, default_for, default_of
 from fastprompt.patching import check_model
 
@@ -41,7 +41,7 @@ def supports(model: nn.Module | PreTrainedConfig) -> Support:
         if isinstance(model, PreTrainedConfig):
             return _of_config(model)
         check_model(model)
-        anatomy = families.anatomy(model)
+        anatomy = families.anatomy(adapters.unwrapped(model))
     except ValueError as error:
         return Support(reason=str(error))
     return Support(anatomy.family, default_for(anatomy))

@@ -157,7 +157,7 @@ class ShowContext:
 
 def rows_for(prompt: Prompt, like: Tensor) -> Tensor:
     """A prompt's rows [B, P, D] for hidden states [B, N, D]."""
-    return prompt.tokens.to(like.dtype).expand(len(like), -1, -1)
+    return prompt.rows().to(like.dtype).expand(len(like), -1, -1)
 
 
 def show(tower: Tower, shown: str, front: int) -> list[Any]:
@@ -211,3 +211,8 @@ def has_class_token(tower: nn.Module) -> bool:
     """Whether a vision encoder puts a class token before its patches."""
     names = ("class_embedding", "cls_token")
     return any(name.endswith(names) for name, _ in tower.named_parameters())
+
+
+def rows_before_patches(tower: nn.Module) -> int:
+    """Class token and registers, which a vision encoder puts before its patches."""
+    return has_class_token(tower) + getattr(tower.config, "num_register_tokens", 0)

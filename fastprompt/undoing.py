@@ -1,15 +1,24 @@
 """The way back from a patch: what undoes each of its steps."""
 
+from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from fastprompt import attention, hooks, linear4bit, trainer
+from fastprompt import adapters, attention, hooks, linear4bit, trainer
 from fastprompt.blocks.frozen import Frozen
+from fastprompt.called import Called
 from fastprompt.loss import FusedLoss
 from fastprompt.prompts import CHILD
 from fastprompt.tapping import HostMethod, RunIfRead
+
+
+def check_whole(steps: list[tuple[str, Any]]) -> None:
+    """Raises ValueError where weights were split since: no process has the old ones any more."""
+    if any(step == "sharded" for step, _ in steps):
+        raise ValueError("undo: want whole weights, got blocks split by --shard: load them again")
 
 
 def resized(steps: list[tuple[str, Any]]) -> list[tuple[PreTrainedConfig, int]]:
@@ -37,20 +46,38 @@ def resized(steps: list[tuple[str, Any]]) -> list[tuple[PreTrainedConfig, int]]:
     return found
 
 
-def _restore_flags(flags: list[tuple[nn.Parameter, bool, Tensor | None]]) -> None:
+def _restore_flags(
+    what: tuple[nn.Module, bool, list[tuple[nn.Parameter, bool, Tensor | None]]],
+) -> None:
+    model, had_adapters, flags = what
+    since = bool(adapters.configs(model)) and not had_adapters
     for p, requires_grad, grad in flags:
-        p.requires_grad_(requires_grad)
+        # PEFT, called since, has frozen all that is not its own
+        p.requires_grad_(p.requires_grad if since else requires_grad)
         p.grad = grad
 
 
-def _put_back(what: tuple[nn.Module, str, nn.Module]) -> None:
+def put_back(what: tuple[nn.Module, str, nn.Module]) -> None:
     """The original of a trained part, where the model is by now and in the mode it is in."""
     parent, child, old = what
     new = getattr(parent, child)
-    device = next(new.parameters()).device
-    if next(old.parameters()).device != device:
-        old.to(device)
+    by_now = next(new.parameters(), None)  # timm's reset_classifier may have taken it out
+    if by_now is not None and next(old.parameters()).device != by_now.device:
+        old.to(by_now.device)
     setattr(parent, child, old.train(new.training))
+
+
+def remember(steps: list[tuple[str, Any]], model: nn.Module, names: Collection[str]) -> None:
+    """Add a step that gives parameters, which are about to be written, their values back."""
+    known = {id(p) for step, what in steps if step == "values" for p, _ in what}
+    given = [p for name, p in model.named_parameters() if name in names and id(p) not in known]
+    steps.append(("values", [(p, p.detach().to("cpu", copy=True)) for p in given]))
+
+
+@torch.no_grad()
+def _write_back(what: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for p, value in what:
+        p.copy_(value)
 
 
 def _remove(handles: list) -> None:
@@ -61,11 +88,13 @@ def _remove(handles: list) -> None:
 STEPS = {
     "requires_grad": _restore_flags,
     "linear4bit": linear4bit.release,
-    "module": _put_back,
+    "module": put_back,
+    "values": _write_back,
     "adapted": lambda adapted: adapted.undo(),
     "attribute": lambda what: setattr(*what),
     "prompt": lambda layer: layer._modules.pop(CHILD, None),
     "side keys": lambda module: vars(module).pop(attention.ATTRIBUTE, None),
+    "called": Called.undo,
     "forward": RunIfRead.undo,
     "method": HostMethod.undo,
     "bias": hooks.BiasOfPrompts.undo,

@@ -14,6 +14,7 @@ from benchmarks.harness import QUICK
 from benchmarks.m2pt_step import BENCHMARK, Case, cost
 from benchmarks.registry import NotMeasured
 from benchmarks.training import ALL, BALANCED, HOST, MODES, NONE
+from fastprompt import linear4bit
 
 VIT = vpt_step.BENCHMARK.shapes("cpu", True)["ViT-small"]
 
@@ -43,6 +44,25 @@ def test_vpt_step(tmp_path):
     reasons = {row["provider"]: row.get("reason") for row in rows}
     assert reasons["fastprompt-graph"] == "CUDA graphs need a CUDA device"
     assert "compiler" in reasons["concat-compile"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_generate_4bit(tmp_path, monkeypatch, dtype):
+    pytest.importorskip("bitsandbytes")
+    code, rows = rows_of(tmp_path, "generate_4bit", "--dtype", dtype)
+    found = {(row["mode"], row["provider"]): row for row in rows}
+    assert code == 0 and len(found) == 4
+    for (mode, _), row in found.items():
+        if mode == "graph":
+            assert row["reason"] == "CUDA graphs need a CUDA device"
+        else:
+            assert row["error_over_limit"] <= 1
+            assert row["tokens_per_s"] == pytest.approx(32e3 / row["median_ms"])
+    # a wrong product is noticed
+    right = linear4bit.nf4_linear
+    monkeypatch.setattr(linear4bit, "nf4_linear", lambda *a, **k: right(*a, **k) * 1.05)
+    code, rows = rows_of(tmp_path, "generate_4bit", "--dtype", dtype)
+    assert code == 1 and [row["status"] for row in rows][:2] == ["measured", "wrong"]
 
 
 @pytest.mark.parametrize("shape", ["LLaVA-small b2", "Llama-small b2"])

@@ -8,16 +8,21 @@ import torch
 import zoo
 from test_exactness import relative
 from torch import nn
+from transformers import PreTrainedModel
+from undone import check_undo
 
 import fastprompt
 from fastprompt import attention
 from fastprompt.concatenation import concatenate
+from fastprompt.families import TOWERS
 from fastprompt.methods import L2P, DeepPrompts
 from fastprompt.ops import dequantize_4bit, reference
 from fastprompt.recorder import listening
+from fastprompt.reporting import is_4bit
 from fastprompt.viz import attention_to_prompts
 
 ALL = list(zoo.ROWS)
+OUTSIDE = [name for name, row in zoo.ROWS.items() if row.library != "transformers"]
 GENERATES = [name for name, row in zoo.ROWS.items() if row.generates]
 P = 3
 
@@ -65,6 +70,15 @@ def test_output_and_every_prompt_gradient(name, wide):
         assert relative(prompt.tokens.grad, written[key].tokens.grad) < 1e-10, key
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_blocks_that_the_readme_stars_run_as_one_node(name):
+    starred = {(f.kind, f.name) for f in TOWERS if any(layout.blocks for layout in f.layouts)}
+    patch = fastprompt.patch(zoo.build(name, torch.float32), method_for(name))
+    for tower in patch.anatomy.towers:
+        as_one = {block.name for block in tower.blocks} - patch.unfused.keys()
+        assert bool(as_one) == ((tower.kind, tower.family) in starred), tower.name
+
+
 def gradients(name, checkpointing=None):
     """Output and prompts' gradients in training, with a kind of gradient checkpointing or none."""
     model = zoo.build(name)
@@ -73,7 +87,9 @@ def gradients(name, checkpointing=None):
     for p in patch.trainable.values():
         p.data.normal_()
     model.train()
-    if checkpointing is not None:
+    if checkpointing is not None and name in OUTSIDE:
+        model.set_grad_checkpointing()
+    elif checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
     torch.manual_seed(4)
     out = tiny.output(name, model, zoo.inputs(name))
@@ -81,11 +97,12 @@ def gradients(name, checkpointing=None):
     return [out, *(p.grad for p in patch.trainable.values())]
 
 
+# open_clip cannot checkpoint such blocks: it gives them arguments that they do not take
 @pytest.mark.filterwarnings("ignore:.*(gradient_checkpointing_enable|reentrant).*")
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name != "open_clip, own attention"])
 def test_gradient_checkpointing_changes_nothing(name):
     plain = gradients(name)
-    for kind in ("reentrant", "other"):
+    for kind in ("other",) if name in OUTSIDE else ("reentrant", "other"):
         for old, new in zip(plain, gradients(name, kind), strict=True):
             torch.testing.assert_close(new, old, rtol=1e-12, atol=1e-12)
 
@@ -93,34 +110,13 @@ def test_gradient_checkpointing_changes_nothing(name):
 @pytest.mark.parametrize("name", ALL)
 def test_undo_gives_the_old_model_bitwise(name):
     model, given = zoo.build(name, torch.float32), zoo.inputs(name, torch.float32)
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    state = {n: t.clone() for n, t in model.state_dict().items()}
-    configs = {n: m.config for n, m in model.named_modules() if hasattr(m, "config")}
-    with torch.no_grad():
-        before = tiny.output(name, model, given)
-    names = {n: set(vars(m)) for n, m in model.named_modules()}
-    hooks = {n: len(m._forward_hooks) for n, m in model.named_modules()}
-    patch = fastprompt.patch(model)
-    tiny.output(name, model, given).square().sum().backward()
-    with torch.no_grad():
-        for p in patch.trainable.values():
-            assert p.grad is not None
-            p -= 0.1 * p.grad.sign()
-        assert not torch.equal(tiny.output(name, model, given), before)
-    patch.undo()
-    assert flags == {n: p.requires_grad for n, p in model.named_parameters()}
-    assert state.keys() == model.state_dict().keys()
-    assert all(torch.equal(state[n], t) for n, t in model.state_dict().items())
-    assert all(m.config is configs[n] for n, m in model.named_modules() if hasattr(m, "config"))
-    assert names == {n: set(vars(m)) for n, m in model.named_modules()}
-    assert hooks == {n: len(m._forward_hooks) for n, m in model.named_modules()}
-    assert not any(m._forward_pre_hooks for m in model.modules())
-    with torch.no_grad():
-        assert torch.equal(tiny.output(name, model, given), before)
+    check_undo(model, lambda: tiny.output(name, model, given))
 
 
 def four_bit(model):
     """The model with every linear layer of its blocks in NF4, and the same with those decoded."""
+    if not isinstance(model, PreTrainedModel):
+        return quantised(model)
     from bitsandbytes.nn import Linear4bit
     from transformers.pytorch_utils import Conv1D
 
@@ -142,6 +138,20 @@ def four_bit(model):
                 old = whole.get_submodule(f"{block.name}.{name}")
                 decoded = dequantize_4bit((new.weight, new.weight.quant_state)).to(weight.dtype)
                 old.weight.data = decoded.T if isinstance(layer, Conv1D) else decoded
+    return model, whole
+
+
+def quantised(model):
+    """As `four_bit`, by `fastprompt.quantize_`."""
+    whole = copy.deepcopy(model)
+    fastprompt.quantize_(model, dtype=torch.float64)
+    for name, module in model.named_modules():
+        if is_4bit(module):
+            owner = whole.get_submodule(name.removesuffix(".in_proj"))
+            key = "in_proj_weight" if name.endswith(".in_proj") else "weight"
+            decoded = dequantize_4bit((module.weight, module.weight.quant_state)).double()
+            assert decoded.shape == getattr(owner, key).shape
+            getattr(owner, key).data = decoded
     return model, whole
 
 
@@ -302,7 +312,10 @@ def test_experts_stay_dense_and_attention_is_four_bit():
     assert "(12 layers)" in report
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "t5", "gemma2", "gpt_oss"])
+DROPPING = ["gpt2", "opt", "bert", "t5", "gemma2", "gpt_oss", "timm_vit", "timm_beit", "open_clip"]
+
+
+@pytest.mark.parametrize("name", DROPPING)
 def test_attention_dropout_drops_from_whole_rows(name):
     """So seldom that nothing is dropped: what is left of it is how rows are made whole."""
     model, given = zoo.build(name), zoo.inputs(name)
@@ -312,7 +325,7 @@ def test_attention_dropout_drops_from_whole_rows(name):
         want = tiny.output(name, model, given)
         for tower in patch.anatomy.towers:
             for block in tower.blocks:
-                for key in ("attention_dropout", "attn_dropout", "dropout"):
+                for key in ("attention_dropout", "attn_dropout", "attn_drop", "dropout"):
                     found = getattr(block.attention, key, None)
                     if isinstance(found, nn.Dropout):
                         found.p = 1e-12
@@ -346,7 +359,7 @@ def test_looking_at_rows_with_sinks():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["t5", "gpt_oss", "qwen2_5_vl", "swin"])
+@pytest.mark.parametrize("name", ["t5", "gpt_oss", "qwen2_5_vl", "swin", "timm_beit"])
 def test_half_precision(name, autocast):
     dtype = torch.float32 if autocast else torch.bfloat16
     model, given = zoo.build(name, dtype), zoo.inputs(name, dtype)

@@ -108,6 +108,15 @@ def test_every_imported_tensor_changes_the_logits(tmp_path):
         assert not torch.allclose(logits(other), want), name
 
 
+def test_a_model_inside_a_peft_model(tmp_path):
+    peft = pytest.importorskip("peft")
+    write(tmp_path, trained())
+    model = build()
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"]))
+    assert load_m2pt(lora, tmp_path).model is model
+    assert load_projector(lora, tmp_path) is model.model.multi_modal_projector
+
+
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("kind", ["dense", NF4])
 def test_export_and_import_again(tmp_path, kind, patched):
@@ -217,10 +226,27 @@ def test_refusals(tmp_path):
     refused("want a vision-language model, got llama", good, tiny.build("llama"))
     refused("want a file, or a folder with one of", tmp_path / "nothing")
 
+    for ending in ("bin", "safetensors"):
+        wrong = tmp_path / ending
+        wrong.mkdir()
+        index = write(wrong, trained(), ending)
+        stem = "pytorch_model" if ending == "bin" else "model"
+        moved = dict.fromkeys(index, index["lm_head.weight"])
+        (wrong / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": moved}))
+        for look in (Shards.at(wrong).read, Shards.at(wrong).shapes):
+            with pytest.raises(
+                ValueError, match=f"{ending}: want model.* in it, as the index says"
+            ):
+                look(list(index))
+
     (good / "pytorch_model-00002-of-00002.bin").unlink()
     refused("pytorch_model-00002-of-00002.bin", good)
-    (good / "pytorch_model.bin.index.json").write_text("{}")
-    refused("index.json: want an index with a weight_map", good)
+    for text in ("{}", "[]", '["weight_map"]', "3"):
+        (good / "pytorch_model.bin.index.json").write_text(text)
+        refused("index.json: want an index with a weight_map", good)
+    for text in ('{"weight_map": ["a.bin"]}', '{"weight_map": {"a": 1}}'):
+        (good / "pytorch_model.bin.index.json").write_text(text)
+        refused("index.json: want names of files in its weight_map", good)
 
 
 @pytest.mark.parametrize("what", ["a byte of a prompt", "a byte of the names", "its end"])
@@ -273,6 +299,13 @@ def test_export_refuses_what_the_released_code_has_no_name_for(tmp_path):
         (M2PT(VISION, TEXT), "linear", r"want M2PT\(visual_prompts='raw'\), got .*'drop'"),
         (DeepPrompts(text=2), "linear", "want M2PT"),
         (M2PT(VISION, TEXT, visual_prompts="raw"), "mlp", "want one linear projector, got Llava"),
+        (
+            M2PT(VISION, TEXT, visual_prompts="raw", layers="odd"),
+            "linear",
+            "want a prompt in every layer, .* got layers='odd'",
+        ),
+        (M2PT(0, TEXT, layers="0"), "linear", "want a prompt in every layer"),
+        (M2PT(0, {1: TEXT}), "linear", "want prompts of one length in all layers"),
     ):
         patch = fastprompt.patch(build(kind), method)
         with pytest.raises(ValueError, match=message):

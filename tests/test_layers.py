@@ -6,6 +6,7 @@ import json
 import pytest
 import tiny
 import torch
+import zoo
 from test_exactness import relative
 
 import fastprompt
@@ -124,6 +125,20 @@ def unit(rows):
     return SCALE * rows / rows.square().mean(-1, keepdim=True).sqrt()
 
 
+@pytest.mark.parametrize("vision, first", [("siglip", 0), ("clip", 1)])
+def test_prefill_begins_at_the_first_patch(vision, first):
+    """Behind a class token, where there is one."""
+    model = tiny.build("llava", vision=vision)
+    images = tiny.inputs("llava", batch=2)["pixel_values"]
+    with torch.no_grad():
+        tower = model.model.vision_tower
+        states = tower(images, output_hidden_states=True).hidden_states[0]
+    patch = fastprompt.patch(model, M2PT(3, 0))
+    prefill(patch, pixel_values=images)
+    want = torch.stack([states[i % 2, first + i] for i in range(3)])
+    torch.testing.assert_close(next(iter(patch.prompts.values())).tokens.detach(), unit(want))
+
+
 @pytest.mark.parametrize("shown", ["drop", "raw", "context"])
 def test_prefill_is_hidden_states_of_the_model_without_prompts(shown):
     model = tiny.build("llava")
@@ -162,6 +177,16 @@ def test_prefill_wants_enough():
             prefill(patch, **given)
     after = [p.tokens for p in patch.prompts.values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    with pytest.raises(ValueError, match=r"want images \[B, 3, H, W\], got \[2, 1, 3, 16, 16\]"):
+        prefill(patch, ids, pixels[:, None])
     pooled = fastprompt.patch(tiny.build("vit"), L2P())
-    with pytest.raises(ValueError, match="want prompts that are rows of a block, got L2P"):
+    with pytest.raises(ValueError, match=r"want prompts that are rows of a block .*, got L2P"):
         prefill(pooled, pixel_values=pixels)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "mistral3"])
+def test_prefill_names_towers_of_packed_images(name):
+    patch = fastprompt.patch(zoo.build(name, torch.float32), M2PT(3, 2))
+    pixels = zoo.inputs(name, torch.float32)["pixel_values"]
+    with pytest.raises(ValueError, match=r"for each image; got (qwen2_vl|pixtral)"):
+        prefill(patch, torch.arange(6, 20), pixels)

@@ -103,6 +103,23 @@ def test_lora_is_pefts():
     assert "LoRA of rank 3 at 21 layers, trains" in patch.report()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", [LoRA(2), FullTuning()])
+def test_the_report_of_a_language_model_that_trains(method, tied):
+    if isinstance(method, LoRA):
+        pytest.importorskip("peft")
+    model = tiny.build("llava", tie_word_embeddings=tied)
+    patch = fastprompt.patch(model, method)
+    own = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    report, total = patch.report(), sum(p.numel() for p in model.parameters())
+    share = 100 * sum(own.values()) / total
+    assert f"trains  {sum(own.values()):,} of {total:,} parameters ({share:.3f}%" in report
+    assert ("with lm_head" in report) == isinstance(method, LoRA)  # the other trains it already
+    skipped = report.partition("\nskipped")[2]
+    assert "model.vision_tower: 0 vision tokens" in skipped and "language_model" not in skipped
+    assert "nothing reads its output: no prompt, and not run by LlavaModel" in skipped
+
+
 METHODS = [LoRA(2), FullTuning(), PrefixTuning(P)]
 
 

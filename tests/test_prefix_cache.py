@@ -5,9 +5,10 @@ import copy
 import pytest
 import tiny
 import torch
+import zoo
 
 import fastprompt
-from fastprompt.methods import L2P, M2PT, DeepPrompts
+from fastprompt.methods import L2P, M2PT, DeepPrompts, PrefixTuning
 
 P = 5
 
@@ -68,6 +69,14 @@ def test_scaled_rotation_and_dtype():
     )
 
 
+def test_no_dropout_in_a_cache():
+    model = tiny.build("llama")
+    patch = fastprompt.patch(model, DeepPrompts(text=P, dropout=0.5))
+    in_training = fastprompt.prefix_cache(model.train()).layers[0].keys
+    assert all(prompt.training for prompt in patch.prompts.values())
+    assert torch.equal(in_training, fastprompt.prefix_cache(model.eval()).layers[0].keys)
+
+
 def test_a_cache_is_nobodys_memory():
     _, model = patched("llama")
     one, two = (fastprompt.prefix_cache(model, batch=2) for _ in range(2))
@@ -85,6 +94,26 @@ def test_what_does_not_carry_over_is_said():
         assert fastprompt.prefix_cache(model).get_seq_length() == P
 
 
+def test_what_is_not_there_is_not_said_to_be_left(recwarn):
+    model = tiny.build("llava")
+    fastprompt.patch(model, M2PT(0, P, train_projector=False))
+    assert fastprompt.prefix_cache(model).get_seq_length() == P and not recwarn.list
+
+
+def test_prefixes_behind_which_tokens_count_on():
+    """PEFT's, under learned positions: the offset is the prefix's length."""
+    base = zoo.build("gpt2", torch.float64)
+    model, ids = copy.deepcopy(base), torch.randint(6, 63, (2, 9))
+    fastprompt.patch(model, PrefixTuning(P, position_offset=P))
+    cache = fastprompt.prefix_cache(model, batch=2)
+    got = base(ids, past_key_values=cache, attention_mask=behind(torch.ones_like(ids))).logits
+    torch.testing.assert_close(got, model(ids).logits, rtol=1e-10, atol=1e-10)
+    other = zoo.build("gpt2")
+    fastprompt.patch(other, PrefixTuning(P, position_offset=2))
+    with pytest.raises(ValueError, match="give position_ids from 2 on"):
+        fastprompt.prefix_cache(other)
+
+
 def test_refusals():
     def refused(message, model, method, **options):
         fastprompt.patch(model, method)
@@ -99,4 +128,9 @@ def test_refusals():
     refused("same prompts for all", tiny.build("vit"), L2P())
     rope = dict(rope_type="dynamic", factor=4.0, rope_theta=10000.0)
     refused("no length changes, got 'dynamic'", tiny.build("llama", rope_parameters=rope), text)
-    refused("pass positions=True", tiny.build("clip_text"), text)
+    refused("pass positions=True", zoo.build("gpt2"), text)
+    refused("want a decoder .* got t5, with a bias", zoo.build("t5"), text)
+    refused("want a decoder .* got t5, with a bias", zoo.build("t5, encoder"), text)
+    for name in ("bert", "roberta"):
+        refused(f"want a decoder .* got {name}, an encoder", zoo.build(name), text)
+    refused("want a decoder .* got clip, an encoder", tiny.build("clip_text"), text)

@@ -51,6 +51,18 @@ def test_shares_of_7b(at_7b, vision, text, head, linear, mlp):
     assert raw.trained["prompts"] == share.trained["prompts"] + vision * 1024
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_report_says_what_a_head_would_add(tied):
+    model = tiny.build("llava", tie_word_embeddings=tied)
+    with_head = fastprompt.trainable_share(model, M2PT(3, 2, train_lm_head=True))
+    patch = fastprompt.patch(model, M2PT(3, 2))
+    assert f"; with lm_head {with_head.percent():.3f}%)" in patch.report()
+    with pytest.raises(ValueError, match="want a model before its patch"):
+        fastprompt.trainable_share(model)
+    patch.undo()
+    assert fastprompt.trainable_share(model, M2PT(3, 2, train_lm_head=True)) == with_head
+
+
 @pytest.mark.parametrize(
     "name, method, more",
     [

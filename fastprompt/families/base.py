@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -11,6 +12,7 @@ from fastprompt.blocks.parts import Parts
 from fastprompt.families.described import BlockLayout, Undescribed, describe
 
 VISION, TEXT = "vision", "text"
+THROUGH = ("norm", "k_proj", "v_proj", "k_norm")  # what a prompt passes through
 
 
 @dataclass(eq=False)
@@ -42,7 +44,8 @@ class Block:
         attention: the module that transformers hands to the attention function.
         norm: before the projections; None: a post-norm block has none there.
         like: a norm of the block's width, for that width, its dtype and its device.
-        k_proj, v_proj: the same module where it gives queries, keys and values side by side.
+        k_proj, v_proj: the same module where it gives queries, keys and values side by side. None
+            outside transformers, where the attention's own forward is asked (`fastprompt.sdpa`).
         k_norm: over the channels of each head, or, ``k_norm_whole``, of all heads together.
         rotary: prompts are rotated as positions -P .. -1; None: not rotated.
         packed: whether its tokens are a row of several images (`Tower`).
@@ -55,8 +58,8 @@ class Block:
     attention: nn.Module
     norm: nn.Module | None
     like: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
+    k_proj: nn.Module | None
+    v_proj: nn.Module | None
     k_norm: nn.Module | None
     k_norm_whole: bool
     rotary: Rotary | None
@@ -65,6 +68,18 @@ class Block:
     without: tuple[nn.Module, ...] = ()
     parts: Parts | None = None
     undescribed: str = ""
+    _places: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = {id(module): name for name, module in self.layer.named_modules()}
+        found = {part: names.get(id(getattr(self, part))) for part in THROUGH}
+        self._places = {part: name for part, name in found.items() if name is not None}
+
+    def by_now(self, part: str) -> nn.Module | None:
+        """What stands in the place of ``norm``, ``k_proj``, ``v_proj`` or ``k_norm`` by now: PEFT
+        puts its adapters around them."""
+        place = self._places.get(part)
+        return getattr(self, part) if place is None else self.layer.get_submodule(place)
 
     @property
     def width(self) -> int:
@@ -73,7 +88,7 @@ class Block:
     @property
     def dropout(self) -> float:
         """The probability with which its attention drops weights in training."""
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
+        for name in ("attention_dropout", "attn_dropout", "attn_drop", "dropout"):
             p = getattr(self.attention, name, 0.0)
             p = getattr(p, "p", p)  # a module's
             if p:
@@ -86,9 +101,16 @@ class Block:
 
     @property
     def kv_width(self) -> int:
-        """Channels of all heads' keys together, of a block whose projections are one."""
+        """Channels of all heads' keys together."""
+        if not self.fused:
+            return self.k_proj.out_features
         heads = getattr(self.attention, "num_key_value_heads", None) or self.attention.num_heads
         return heads * self.head_dim
+
+    @property
+    def kv_heads(self) -> tuple[int, int]:
+        """How many heads its keys have, and channels of each."""
+        return self.kv_width // self.head_dim, self.head_dim
 
 
 @dataclass(eq=False)
@@ -99,19 +121,24 @@ class Tower:
         rotary: the module that rotates its text; prompts then stand before the first token.
         packed: whether images follow each other in one row [1, N], bounded by ``cu_seqlens``.
         bias: the attention that makes all blocks' bias of relative positions (T5's).
+        outside: whether it is no tower of transformers (`families.outside`).
+        counts: "columns" or "tokens" (no padding), whose place its learned positions are, where
+            they can be told to begin elsewhere.
     """
 
     kind: str  # VISION or TEXT
     family: str
     name: str
     model: nn.Module
-    embeddings: nn.Module
+    embeddings: nn.Module | None
     blocks: list[Block]
     unread: list[Block] = field(default_factory=list)
     hands_on: bool = True  # its forward's keywords, to its blocks
     rotary: nn.Module | None = None
     packed: bool = False
     bias: nn.Module | None = None
+    outside: bool = False
+    counts: str | None = None
 
 
 @dataclass(eq=False)
@@ -123,6 +150,8 @@ class Anatomy:
         parts: "projector", "lm_head", "head" -> name.
         first_position: of a text's first token, where the host makes the masks and so has to be
             told of positions; None: the language model is.
+        shows: whether its projector can be shown visual prompts beside patches.
+        beside: name -> why it gets no prompt, of modules with attention that are in no tower.
     """
 
     family: str
@@ -130,6 +159,8 @@ class Anatomy:
     host: nn.Module | None = None
     parts: dict[str, str] = field(default_factory=dict)
     first_position: int | None = None
+    shows: bool = False
+    beside: dict[str, str] = field(default_factory=dict)
 
     def tower(self, kind: str) -> Tower | None:
         return next((tower for tower in self.towers if tower.kind == kind), None)
@@ -150,6 +181,7 @@ class Layout:
         rotates: the attention's attribute that says whether this layer is rotated at all.
         without: from the layer, where it is; see `Block`.
         bias: whether the first block's attention makes `Tower.bias`.
+        counts: see `Tower`.
     """
 
     layers: str
@@ -167,6 +199,7 @@ class Layout:
     packed: bool = False
     without: str | None = None
     bias: bool = False
+    counts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +221,7 @@ class TowerFamily:
     refuses: Callable[[PreTrainedConfig], str | None] = lambda config: None
 
     def serves(self, module: nn.Module) -> bool:
-        return is_transformers(module, self.classes)
+        return is_of(module, "transformers", self.classes)
 
     def tower(self, name: str, model: nn.Module) -> Tower:
         why = self.refuses(model.config)
@@ -209,7 +242,7 @@ class TowerFamily:
         return Tower(
             self.kind, self.name, name, model, embeddings, blocks, rotary=rotary,
             hands_on=layout.hands_on, packed=layout.packed,
-            bias=blocks[0].attention if layout.bias and blocks else None,
+            bias=blocks[0].attention if layout.bias and blocks else None, counts=layout.counts,
         )  # fmt: skip
 
 
@@ -283,11 +316,12 @@ def _fits(model: nn.Module, layout: Layout) -> bool:
         return False
 
 
-def is_transformers(module: nn.Module, classes: tuple[str, ...]) -> bool:
-    """Whether the module is one of transformers' classes of these names, or a subclass of one."""
+def is_of(module: nn.Module, library: str, classes: tuple[str, ...] | None = None) -> bool:
+    """Whether the module is one of a library's classes of these names (any, if None are given), or
+    a subclass of one."""
     # by name: importing every model file of transformers to ask isinstance would take seconds
     return any(
-        c.__name__ in classes and c.__module__.startswith("transformers.")
+        (classes is None or c.__name__ in classes) and c.__module__.startswith(f"{library}.")
         for c in type(module).__mro__
     )
 
@@ -296,9 +330,18 @@ def join(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def find(
-    model: nn.Module, families: tuple[TowerFamily, ...]
-) -> Iterator[tuple[str, nn.Module, TowerFamily]]:
+class Family(Protocol):
+    """What serves a stack of blocks: `TowerFamily`, and outside transformers another."""
+
+    name: str
+    kind: str
+
+    def serves(self, module: nn.Module) -> bool: ...
+
+    def tower(self, name: str, model: nn.Module) -> Tower: ...
+
+
+def find(model: nn.Module, families: tuple[Family, ...]) -> Iterator[tuple[str, nn.Module, Family]]:
     """Every served stack in ``model``, outermost first; what is inside one is not looked at."""
     inside: list[str] = []
     for name, module in model.named_modules():

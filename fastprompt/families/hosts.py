@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fastprompt.families.base import Anatomy, TowerFamily, is_transformers, join
+from fastprompt.families.base import Anatomy, TowerFamily, is_of, join
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Host:
         model: the class whose forward runs both towers, alone or as ``model`` of another.
         vision, text, projector: where they are in it; dotted names.
         taps: whether a ``vision_feature_layer`` says which hidden state is read.
+        shows: whether its projector reads that state row by row, so that it can see prompts.
         first_position: see `Anatomy`.
     """
 
@@ -29,6 +30,7 @@ class Host:
     text: str = "language_model"
     projector: str = "multi_modal_projector"
     taps: bool = False
+    shows: bool = False
     first_position: int | None = None
     also: tuple[str, ...] = ()
 
@@ -38,7 +40,9 @@ class Host:
 
     def anatomy(self, model: nn.Module, families: tuple[TowerFamily, ...]) -> Anatomy:
         places = {"": model, "model": getattr(model, "model", None)}
-        inner = next((n for n, m in places.items() if is_transformers(m, (self.model,))), None)
+        inner = next(
+            (n for n, m in places.items() if is_of(m, "transformers", (self.model,))), None
+        )
         if inner is None:
             raise ValueError(
                 f"{type(model).__name__}: want a {self.model}, alone or as `model` of another"
@@ -58,14 +62,14 @@ class Host:
             read = _blocks_read(host.config.vision_feature_layer, len(vision.blocks))
             vision.blocks, vision.unread = vision.blocks[:read], vision.blocks[read:]
         parts = {"projector": join(inner, self.projector)}
-        return Anatomy(self.name, towers, host, parts, self.first_position)
+        return Anatomy(self.name, towers, host, parts, self.first_position, self.shows)
 
 
 _QWEN = dict(vision="visual", projector="visual.merger")
 _IDEFICS = dict(vision="vision_model", text="text_model", projector="connector")
 
 HOSTS = (
-    Host("llava", "LlavaModel", taps=True, also=("llava_linear",)),
+    Host("llava", "LlavaModel", taps=True, shows=True, also=("llava_linear",)),
     Host("llava_next", "LlavaNextModel", taps=True),
     Host("llava_onevision", "LlavaOnevisionModel", taps=True),
     Host("qwen2_vl", "Qwen2VLModel", **_QWEN),

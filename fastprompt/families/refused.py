@@ -2,7 +2,7 @@
 
 _ALIBI = "its scores fall with distance (ALiBi), and prompts have none that is published"
 _RECURRENT = "it keeps a state instead of keys, so prompts have nothing to be keys of"
-_TWO_ATTENTIONS = "its decoder has two attentions a block, and which prompts belong to is open"
+_TWO_ATTENTIONS = "it has blocks with a second attention, and which one has prompts is open"
 REASONS = {
     "bloom": _ALIBI,
     "mpt": _ALIBI,

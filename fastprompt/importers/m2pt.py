@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastprompt.adapters import unwrapped
 from fastprompt.families import TEXT, VISION, Anatomy, anatomy
 from fastprompt.files import replace
 from fastprompt.importers.projector import check_projector, fill_projector, read_projector
@@ -64,7 +65,7 @@ def load_m2pt(
         ValueError: a file that is missing or damaged, a layer without a prompt, another shape, or
             a model that is patched otherwise. The model is then as it was.
     """
-    model = model.model if isinstance(model, Patch) else model
+    model = model.model if isinstance(model, Patch) else unwrapped(model)
     from_here = ATTRIBUTE not in vars(model)
     parts = anatomy(model) if from_here else patch_of(model).anatomy
     if "projector" not in parts.parts:
@@ -130,6 +131,17 @@ def save_m2pt(model: nn.Module | Patch, path: str | Path) -> Path:
     method = done.method
     if not isinstance(method, M2PT) or (method.vision_tokens and method.visual_prompts != "raw"):
         raise ValueError(f"save_m2pt: want M2PT(visual_prompts='raw'), got {method}")
+    if method.layers != "all":
+        raise ValueError(
+            "save_m2pt: want a prompt in every layer, as the released code has; got "
+            f"layers={method.layers!r}"
+        )
+    lengths = (method.vision_tokens, method.text_tokens)
+    if not all(isinstance(length, int) for length in lengths):
+        raise ValueError(
+            "save_m2pt: want prompts of one length in all layers, as the released code has; got "
+            f"{method}"
+        )
     tensors = {}
     for kind, prefix in PREFIX.items():
         for i, block in enumerate(method.blocks(done.anatomy.tower(kind))):

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastprompt import undoing
+from fastprompt.adapters import unwrapped
 from fastprompt.families import anatomy
 from fastprompt.importers.shards import Shards
 from fastprompt.patching import ATTRIBUTE, patch_of
@@ -24,8 +26,8 @@ def load_projector(model: nn.Module, path: str | Path) -> nn.Module:
     """Put a trained projector into a vision-language model, patched or not.
 
     Args:
-        model: a LLaVA; its projector is changed in place (under a patch that trains it, the copy
-            that trains).
+        model: a LLaVA; its projector is changed in place: under a patch that trains it, the copy
+            that trains; under one that does not, `fastprompt.save` writes it beside what trains.
         path: what `fastprompt.save` wrote of a method that trains the projector, LLaVA's
             ``mm_projector.bin`` (linear, or the two layers of LLaVA-1.5), a checkpoint of
             transformers' LLaVA, or a folder with one of these. Nothing else in it is read.
@@ -37,7 +39,9 @@ def load_projector(model: nn.Module, path: str | Path) -> nn.Module:
         ValueError: no projector in the file, a damaged file, another number of layers, another
             shape, or a 4-bit projector. The model is then as it was.
     """
-    parts = patch_of(model).anatomy if ATTRIBUTE in vars(model) else anatomy(model)
+    model = unwrapped(model)
+    done = patch_of(model) if ATTRIBUTE in vars(model) else None
+    parts = anatomy(model) if done is None else done.anatomy
     if "projector" not in parts.parts:
         raise ValueError(f"load_projector: want a vision-language model, got {parts.family}")
     layers = read_projector(Shards.at(path))
@@ -45,8 +49,13 @@ def load_projector(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError(
             f"{path}: want a projector (mm_projector.*, multi_modal_projector.*) in it"
         )
-    projector = model.get_submodule(parts.parts["projector"])
+    name = parts.parts["projector"]
+    projector = model.get_submodule(name)
     check_projector(projector, layers, path)
+    if done is not None:  # frozen, it is still no longer the base model's
+        names = (f"{name}.{n}" for n, _ in projector.named_parameters())
+        done.given = tuple(n for n in names if n not in done.trainable)
+        undoing.remember(done._undo, done.model, done.given)
     fill_projector(projector, layers)
     return projector
 
@@ -69,7 +78,8 @@ def check_projector(projector: nn.Module, layers: Layers, path: str | Path) -> N
     if any(is_4bit(linear) for linear in own):
         raise ValueError(
             "load_projector: want a dense projector, got a 4-bit one: patch the model first (what "
-            "trains is dense), or load it with llm_int8_skip_modules=['multi_modal_projector']"
+            "trains is dense), or load it with "
+            "llm_int8_skip_modules=['model.multi_modal_projector']"
         )
     want, got = _shapes([dict(m.named_parameters()) for m in own]), _shapes(layers)
     if want != got:

@@ -26,8 +26,10 @@ _PATTERNS = (
     "prompts.safetensors",
     "model.safetensors",
     "model-*.safetensors",
+    "open_clip_model.safetensors",
     "pytorch_model.bin",
     "pytorch_model-*.bin",
+    "open_clip_pytorch_model.bin",
     "mm_projector.bin",
 )
 
@@ -78,10 +80,29 @@ class Shards:
         Raises:
             ValueError: a name that is nowhere, a file that is missing, truncated or damaged.
         """
+        self._check(names)
+        return {name: self._tensor(name, self.files[name]) for name in names}
+
+    def shapes(self, names: list[str]) -> dict[str, torch.Size]:
+        """The shapes of the tensors of these names, which are not read; raises as `read` does."""
+        self._check(names)
+        return {name: self._shape(name, self.files[name]) for name in names}
+
+    def _check(self, names: list[str]) -> None:
         missing = [name for name in names if name not in self.files]
         if missing:
             raise ValueError(f"{self.path}: want {missing[0]} in it ({len(missing)} are missing)")
-        return {name: self._tensor(name, self.files[name]) for name in names}
+        for file in dict.fromkeys(self.files[name] for name in names):
+            there = {*self._names(file)}
+            for name in names:
+                if self.files[name] == file and name not in there:
+                    raise ValueError(f"{file}: want {name} in it, as the index says")
+
+    def _shape(self, name: str, file: Path) -> torch.Size:
+        if file.suffix != ".safetensors":
+            return self._pickled(file).tensors[name].shape
+        with _safe(file) as opened:
+            return torch.Size(opened.get_slice(name).get_shape())
 
     def _names(self, file: Path) -> list[str]:
         if file.suffix == ".safetensors":
@@ -92,12 +113,8 @@ class Shards:
     def _tensor(self, name: str, file: Path) -> Tensor:
         if file.suffix == ".safetensors":
             with _safe(file) as opened:
-                if name not in opened.keys():  # noqa: SIM118
-                    raise ValueError(f"{file}: want {name} in it, as the index says")
                 return opened.get_tensor(name)
         tensors, records = self._pickled(file)
-        if name not in tensors:
-            raise ValueError(f"{file}: want {name} in it, as the index says")
         # torch does not say which record a storage came from: one of its size and CRC is it
         if records is not None and _record(tensors[name]) not in records:
             raise ValueError(f"{file}: damaged: {name} fails its CRC; fetch the file again")
@@ -117,6 +134,8 @@ class Shards:
                 ) from error
             if not isinstance(found, dict):
                 raise ValueError(f"{file}: want tensors by name, got a {type(found).__name__}")
+            inner = found.get("model")  # beside a trainer's optimizer and such
+            found = inner if isinstance(inner, dict) else found
             tensors = {name: t for name, t in found.items() if isinstance(t, Tensor)}
             self._opened[file] = Pickled(tensors, records)
         return self._opened[file]
@@ -127,9 +146,12 @@ _DAMAGED = (zipfile.BadZipFile, pickle.UnpicklingError)
 
 def _index(path: Path) -> dict[str, str]:
     try:
-        return json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+        found = json.loads(path.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: want an index with a weight_map; {error!r}") from error
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise ValueError(f"{path}: want names of files in its weight_map, got {found!r:.80}")
+    return found
 
 
 def _records(file: Path) -> set[tuple[int, int]]:

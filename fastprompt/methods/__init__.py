@@ -5,12 +5,16 @@ from fastprompt.instruction import InstructionViT
 from fastprompt.methods.base import DeepPrompts, Method
 from fastprompt.methods.coda import CODAPrompt
 from fastprompt.methods.dualprompt import DualPrompt
+from fastprompt.methods.e2vpt import E2VPT
 from fastprompt.methods.l2p import L2P
 from fastprompt.methods.m2pt import M2PT
-from fastprompt.methods.peers import FullTuning, LoRA, PrefixTuning
+from fastprompt.methods.maple import MaPLe
+from fastprompt.methods.peers import FullTuning, LoRA
+from fastprompt.methods.prefix import PrefixTuning
 from fastprompt.methods.vpt import VPT
 
 __all__ = [
+    "E2VPT",
     "L2P",
     "M2PT",
     "VPT",
@@ -20,6 +24,7 @@ __all__ = [
     "FullTuning",
     "InstructionViT",
     "LoRA",
+    "MaPLe",
     "Method",
     "PrefixTuning",
     "default_for",
@@ -30,8 +35,8 @@ __all__ = [
 _BY_NAME = {
     cls.__name__: cls
     for cls in (
-        *(M2PT, VPT, DeepPrompts, L2P, DualPrompt, CODAPrompt),
-        *(PrefixTuning, LoRA, FullTuning),
+        *(M2PT, VPT, E2VPT, DeepPrompts, L2P, DualPrompt, CODAPrompt),
+        *(MaPLe, PrefixTuning, LoRA, FullTuning),
     )
 }
 
@@ -39,6 +44,14 @@ _BY_NAME = {
 def default_for(anatomy: Anatomy) -> Method:
     """M2PT for a vision-language model, VPT-deep for a vision model, else deep prompts."""
     return default_of({tower.kind for tower in anatomy.towers}, "projector" in anatomy.parts)
+
+
+def check(method: Method, anatomy: Anatomy) -> None:
+    """Raises ValueError unless the method can be put into such a model."""
+    outside = any(tower.outside for tower in anatomy.towers)
+    if outside and not isinstance(method, (VPT, DeepPrompts)):
+        raise ValueError(f"{method}: want VPT or DeepPrompts, all that {anatomy.family} has so far")
+    method.check(anatomy)
 
 
 def default_of(kinds: set[str], projector: bool) -> Method:

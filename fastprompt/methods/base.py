@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from fastprompt.attention import SideKeys
 from fastprompt.families import TEXT, VISION, Anatomy, Block, Tower
-from fastprompt.prompts import Prompt, row_like
+from fastprompt.methods import lengths
+from fastprompt.methods.lengths import Lengths
+from fastprompt.prompts import BlockPrompt, Prompt, row_like
 
 if TYPE_CHECKING:
     from fastprompt.pools import Pool
+
+Prompted = tuple[Tower, list[BlockPrompt]]  # a tower and its prompts, in the order of its blocks
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,12 @@ class Method:
     """Base of all methods: frozen, of plain values, so that a checkpoint's card can hold it."""
 
     def lengths(self) -> dict[str, int]:
-        """Prompt rows per block for each kind of tower, "vision" and "text"."""
+        """Prompt rows per block for each kind of tower, "vision" and "text"; the most of any."""
         raise NotImplementedError
+
+    def length(self, kind: str, layer: int) -> int:
+        """Prompt rows of block ``layer``, from 0, of those that `blocks` gives."""
+        return self.lengths()[kind]
 
     def trains(self) -> tuple[str, ...]:
         """Parts that train beside the prompts: of "projector", "lm_head", "head"."""
@@ -38,23 +45,36 @@ class Method:
         return tower.blocks
 
     def row(self, block: Block) -> Tensor:
-        """[W]: an empty row of that block's prompt, on its device; W is D but for free keys."""
+        """[D]: an empty row of that block's prompt, on its device; free keys have other axes."""
         return row_like(block.like.weight)
 
-    def side_keys(self) -> type[SideKeys]:
-        """What turns a block's prompt into keys and values."""
-        return SideKeys
+    def as_tokens(self, tower: Tower) -> bool:
+        """Whether its prompt goes through all blocks, from the first on, as tokens."""
+        return False
 
-    def prompt(self, kind: str, layer: int, like: Tensor) -> Prompt | None:
-        """A new prompt for block ``layer``, from 0, of such a tower; None: none there.
+    def prompt(self, kind: str, layer: int, like: Tensor) -> BlockPrompt | None:
+        """A new prompt for a block of such a tower; None: none there.
 
-        ``like`` is `row`'s, of the prompt's width, dtype and device.
+        ``layer`` is the block's place in `blocks`, from 0, and not in the tower, where some blocks
+        have no prompt. ``like`` is `row`'s, of the prompt's width, dtype and device.
         """
-        return Prompt(self.init_(like.new_empty(self.lengths()[kind], len(like))))
+        return Prompt(self.init_(like.new_empty(self.length(kind, layer), *like.shape)))
+
+    def position_of_first(self, tower: Tower) -> int:
+        """Where its tokens' learned positions begin; rotary ones have no beginning."""
+        return 0
+
+    def connect(self, towers: list[Prompted]) -> list[tuple[Tower, nn.Module]]:
+        """Tell new prompts of what they share; gives modules to be put beside a tower's blocks."""
+        return []
+
+    def folded(self) -> Method:
+        """The method that computes the same from prompts `BlockPrompt.folded`."""
+        return self
 
     def describe(self, kind: str, layer: int) -> str:
         """What that block then has, for the report."""
-        return f"{self.lengths()[kind]} prompt rows as side keys"
+        return f"{self.length(kind, layer)} prompt rows as side keys"
 
     def pool(self, tower: Tower) -> Pool | None:
         """What chooses prompts for each sample of the tower; None: all samples have the same."""
@@ -76,8 +96,7 @@ class Method:
     def check(self, anatomy: Anatomy) -> None:
         """Raise a ValueError if the method asks for what the model does not have."""
         for kind, length in self.lengths().items():
-            if not isinstance(length, int) or isinstance(length, bool) or length < 0:
-                raise ValueError(f"{kind} prompt: want a length of 0 or more, got {length!r}")
+            lengths.check(length, f"{kind} prompt")
             if length and anatomy.tower(kind) is None:
                 has = ", ".join(tower.kind for tower in anatomy.towers)
                 raise ValueError(f"{self!r}: want a {kind} tower; {anatomy.family} has {has}")
@@ -101,6 +120,21 @@ class Adapted:
         raise NotImplementedError
 
 
+def new_prompts(
+    method: Method, towers: list[Tower]
+) -> tuple[dict[str, BlockPrompt], list[tuple[Tower, nn.Module]]]:
+    """All prompts of a method, by block, and what is to stand beside a tower's blocks."""
+    made: dict[str, BlockPrompt] = {}
+    found: list[Prompted] = []
+    for tower in towers:
+        blocks = enumerate(method.blocks(tower))
+        new = {b.name: method.prompt(tower.kind, i, method.row(b)) for i, b in blocks}
+        new = {name: prompt for name, prompt in new.items() if prompt is not None}
+        found.append((tower, [*new.values()]))
+        made |= new
+    return made, method.connect(found)
+
+
 LAYERS = ("all", "first", "odd", "bottom", "top")
 INITS = ("xavier", "normal")
 _STD = 0.02  # what transformers initialises weights with
@@ -110,6 +144,9 @@ _STD = 0.02  # what transformers initialises weights with
 class DeepMethod(Method):
     """Base of methods with prompts in each block, or in some of them.
 
+    A length is a number; or a list of them, one for each block that ``layers`` names; or a dict of
+    them by layer, from 0, whose blocks alone then have a prompt.
+
     Args:
         layers: which blocks of each tower have a prompt. "all"; "first" alone; "odd": every second,
             the first among them; "bottom", "top": the half next to the input (the larger one, of an
@@ -117,14 +154,43 @@ class DeepMethod(Method):
             vision tower those blocks count whose output is read.
         init: of new prompt rows. "xavier": uniform, as the method has it; "normal": of standard
             deviation 0.02. `prefill` starts from a real text and real images.
+        dropout: in training, the probability with which numbers of a prompt's rows are zeroed, as
+            VPT has it, before the block's norm. One mask a forward for the whole batch, whose
+            samples share a prompt's keys and values; VPT draws one for each sample.
     """
 
     layers: str = "all"
-    # how rows began is no part of what they are: a checkpoint fits either way
+    # how rows began and were trained is no part of what they are: a checkpoint fits either way
     init: str = field(default="xavier", compare=False)
+    dropout: float = field(default=0.0, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, lengths.plain(value))
+
+    def asked(self) -> dict[str, Lengths]:
+        """Lengths by kind of tower, as they were given."""
+        raise NotImplementedError
+
+    def lengths(self) -> dict[str, int]:
+        return {kind: max(lengths.each(given), default=0) for kind, given in self.asked().items()}
+
+    def length(self, kind: str, layer: int) -> int:
+        return lengths.at(self.asked()[kind], layer)
 
     def blocks(self, tower: Tower) -> list[Block]:
-        return [tower.blocks[i] for i in chosen_layers(self.layers, len(tower.blocks))]
+        given = self.asked().get(tower.kind)
+        by_layer = isinstance(given, dict)
+        chosen = given if by_layer else chosen_layers(self.layers, len(tower.blocks))
+        return [tower.blocks[i] for i in chosen]
+
+    def prompt(self, kind: str, layer: int, like: Tensor) -> BlockPrompt | None:
+        P = self.length(kind, layer)
+        return self.prompt_of(like.new_empty(P, *like.shape)) if P else None
+
+    def prompt_of(self, rows: Tensor) -> BlockPrompt:
+        """A new prompt with these rows, whose numbers are still to be set."""
+        return Prompt(self.init_(rows), self.dropout)
 
     def init_(self, tokens: Tensor) -> Tensor:
         return nn.init.normal_(tokens, std=_STD) if self.init == "normal" else self.xavier_(tokens)
@@ -133,14 +199,29 @@ class DeepMethod(Method):
         """Fill new prompt rows [P, D] in place, as the method's paper has it."""
         return super().init_(tokens)
 
+    def describe(self, kind: str, layer: int) -> str:
+        dropped = f", dropout {self.dropout}" if self.dropout else ""
+        return f"{self.length(kind, layer)} prompt rows{dropped} as side keys"
+
     def check(self, anatomy: Anatomy) -> None:
+        for kind, given in self.asked().items():
+            lengths.check(given, f"{kind} prompt")
         super().check(anatomy)
         if self.init not in INITS:
             raise ValueError(f"init: want one of {', '.join(INITS)}; got {self.init!r}")
-        for kind, length in self.lengths().items():
-            count = len(anatomy.tower(kind).blocks) if length else 0
-            if length and not chosen_layers(self.layers, count, f"{kind} ") and count:
-                raise ValueError(f"layers={self.layers!r}: none of {count} {kind} block")
+        p = self.dropout
+        if not isinstance(p, (int, float)) or isinstance(p, bool) or not 0 <= p < 1:
+            raise ValueError(f"dropout: want a probability from 0 to below 1, got {p!r}")
+        for tower in anatomy.towers:
+            if self.lengths().get(tower.kind):
+                self._check_layers(tower.kind, len(tower.blocks))
+
+    def _check_layers(self, kind: str, count: int) -> None:
+        chosen = chosen_layers(self.layers, count, f"{kind} ")
+        if not chosen and count:
+            raise ValueError(f"layers={self.layers!r}: none of {count} {kind} block")
+        given = self.asked()[kind]
+        lengths.check_layers(given, self.layers, len(chosen), count, f"{kind} prompt")
 
 
 def chosen_layers(layers: str, count: int, kind: str = "") -> list[int]:
@@ -174,14 +255,14 @@ class DeepPrompts(DeepMethod):
     Args:
         vision, text: prompt rows per block of that tower; 0 leaves it alone.
         train_head: train a classification head (``classifier``, ``score``) if the model has one.
-        layers, init: see `DeepMethod`.
+        layers, init, dropout, and lengths by block: see `DeepMethod`.
     """
 
-    vision: int = 0
-    text: int = 0
+    vision: Lengths = 0
+    text: Lengths = 0
     train_head: bool = True
 
-    def lengths(self) -> dict[str, int]:
+    def asked(self) -> dict[str, Lengths]:
         return {VISION: self.vision, TEXT: self.text}
 
     def trains(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from fastprompt.families import TEXT, VISION, Anatomy, Block, Tower
 from fastprompt.methods.base import DeepMethod
+from fastprompt.methods.lengths import Lengths
 from fastprompt.tapping import SHOWN
 
 
@@ -21,18 +22,19 @@ class M2PT(DeepMethod):
             the released code has it: rows 1 .. P-1 written for the block after the tapped one,
             untouched, then the class token, then the patches. "context", as the paper's figure
             has it: the prompts' outputs of the tapped block, then the patches. Both make an image
-            P tokens longer: `Patch.prepare` makes room for them in the text.
-        layers, init: see `DeepMethod`; "raw"'s rows, of the block after the tapped one, are there
-            whatever the layers.
+            P tokens longer, and are for LLaVA 1 and 1.5: `Patch.prepare` makes room for them in the
+            text.
+        layers, init, dropout, and lengths by block: see `DeepMethod`; "raw"'s rows, of the block
+            after the tapped one, are there whatever the layers.
     """
 
-    vision_tokens: int = 10
-    text_tokens: int = 10
+    vision_tokens: Lengths = 10
+    text_tokens: Lengths = 10
     train_projector: bool = True
     train_lm_head: bool = False
     visual_prompts: str = "drop"
 
-    def lengths(self) -> dict[str, int]:
+    def asked(self) -> dict[str, Lengths]:
         return {VISION: self.vision_tokens, TEXT: self.text_tokens}
 
     def trains(self) -> tuple[str, ...]:
@@ -59,9 +61,16 @@ class M2PT(DeepMethod):
             raise ValueError(f"visual_prompts: want one of {', '.join(SHOWN)}; got {shown!r}")
         if shown == "drop":
             return
-        layer, wants = anatomy.host.config.vision_feature_layer, f"visual_prompts={shown!r}: want"
+        wants = f"visual_prompts={shown!r}: want"
+        if not anatomy.shows:
+            raise ValueError(f"{wants} a LLaVA (1 or 1.5), got {anatomy.family}, which has 'drop'")
+        layer = anatomy.host.config.vision_feature_layer
         if not isinstance(layer, int):
             raise ValueError(f"{wants} one tapped layer, got vision_feature_layer {layer}")
+        if not isinstance(self.vision_tokens, int):
+            raise ValueError(
+                f"{wants} vision_tokens of one length for all blocks, got {self.vision_tokens}"
+            )
         if not self.vision_tokens:
             raise ValueError(f"{wants} vision_tokens of 1 or more, got 0")
         if not vision.blocks or (shown == "raw" and not vision.unread):

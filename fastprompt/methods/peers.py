@@ -1,57 +1,14 @@
-"""What prompts are compared with: prefixes of free keys and values, LoRA, full fine-tuning."""
+"""What prompts are compared with: LoRA, full fine-tuning."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastprompt.attention import SideKeys
-from fastprompt.families import TEXT, Anatomy, Block
+from fastprompt.families import TEXT, Anatomy
 from fastprompt.methods.base import Adapted, Method
-
-
-class FreeKeys(SideKeys):
-    """Rows [P, 2·Hkv·d] that are a block's keys, before rotation, and values themselves."""
-
-    def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        heads = rows.unflatten(-1, (2, -1, self.block.head_dim))
-        return tuple(half.transpose(1, 2) for half in heads.unbind(-3))
-
-
-@dataclass(frozen=True)
-class PrefixTuning(Method):
-    """Prefix tuning (Li and Liang, arXiv 2101.00190) of a language model, without its MLP.
-
-    The keys and values of each block's prefix are learned as they are. Computes what PEFT's
-    ``PrefixTuningConfig`` does: its keys are ours rotated as positions 0 .. P-1. As there, they
-    begin standard normal.
-
-    Args:
-        num_tokens: of the prefix.
-    """
-
-    num_tokens: int = 10
-
-    def lengths(self) -> dict[str, int]:
-        return {TEXT: self.num_tokens}
-
-    def trains(self) -> tuple[str, ...]:
-        return ()
-
-    def row(self, block: Block) -> Tensor:
-        heads = block.k_proj.out_features // block.head_dim
-        return super().row(block).new_empty(2 * heads * block.head_dim)
-
-    def init_(self, tokens: Tensor) -> Tensor:
-        return nn.init.normal_(tokens)
-
-    def side_keys(self) -> type[SideKeys]:
-        return FreeKeys
-
-    def describe(self, kind: str, layer: int) -> str:
-        return f"{self.num_tokens} free keys and values"
 
 
 @dataclass(frozen=True)

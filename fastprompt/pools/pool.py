@@ -16,7 +16,7 @@ from fastprompt.attention import SideKeys
 from fastprompt.families import Block, Tower
 from fastprompt.pools.parts import Components
 from fastprompt.pools.side_keys import ChosenKeys, SummedKeys
-from fastprompt.prompts import Prompt
+from fastprompt.prompts import CHILD, Prompt
 
 if TYPE_CHECKING:
     from fastprompt.methods.pool import PoolMethod
@@ -53,12 +53,12 @@ class Pool:
     @property
     def keys(self) -> Tensor:
         """[M, D]: the keys that all blocks share."""
-        return self.tower.model.fastprompt.keys
+        return getattr(self.tower.model, CHILD).keys
 
     @property
     def prompts(self) -> list[Prompt]:
         layers = (block.layer for block in self.tower.blocks)
-        return [layer.fastprompt for layer in layers if hasattr(layer, "fastprompt")]
+        return [getattr(layer, CHILD) for layer in layers if hasattr(layer, CHILD)]
 
     def side_keys(
         self, block: Block, prompt: Prompt | None, previous: str, backend: str

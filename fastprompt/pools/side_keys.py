@@ -45,19 +45,17 @@ class ChosenKeys(PoolSideKeys):
     after another.
     """
 
-    def for_batch(
-        self, dtype: torch.dtype, choice: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def for_batch(self, dtype: torch.dtype, choice: Tensor | None) -> tuple[Tensor, Tensor, dict]:
         choice, tokens = self.chosen(choice), self.prompt.tokens
         M, L, _ = tokens.shape
         S, k = choice.shape
         if S == 1 or S * k < M:  # fewer rows than the whole pool has
             sets = [x.to(dtype) for x in self.project(tokens[choice].flatten(1, 2))]
-            return (*(x[0] for x in sets), None) if S == 1 else (*sets, _counted(sets[0]))
+            return (*(x[0] for x in sets), {}) if S == 1 else (*sets, _counted(sets[0]))
         # each entry once for the whole batch, and in evaluation once for all
         entries = [x.transpose(0, 1).unflatten(0, (M, L)) for x in self.keys_values(dtype)]
         if k == 1:
-            return *(x.transpose(1, 2) for x in entries), choice[:, 0]
+            return *(x.transpose(1, 2) for x in entries), dict(prompt_index=choice[:, 0])
         # not index_select: its gradient adds up in another order every run on CUDA
         sets = [x[choice].flatten(1, 2).transpose(1, 2) for x in entries]
         return *sets, _counted(sets[0])
@@ -67,13 +65,11 @@ class ChosenKeys(PoolSideKeys):
 class SummedKeys(PoolSideKeys):
     """Each sample's own sum of all entries (`Components`); the choice is the query [B, D]."""
 
-    def for_batch(
-        self, dtype: torch.dtype, choice: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def for_batch(self, dtype: torch.dtype, choice: Tensor | None) -> tuple[Tensor, Tensor, dict]:
         rows = self.prompt.rows(self.chosen(choice), *self.pool.method.span())
         sets = [x.to(dtype) for x in self.project(rows)]
         return *sets, _counted(sets[0])
 
 
-def _counted(sets: Tensor) -> Tensor:
-    return torch.arange(len(sets), device=sets.device)
+def _counted(sets: Tensor) -> dict[str, Tensor]:
+    return dict(prompt_index=torch.arange(len(sets), device=sets.device))
