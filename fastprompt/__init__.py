@@ -13,8 +13,8 @@ from fastprompt.patching import Patch, patch, patch_of
 from fastprompt.prefill import prefill
 from fastprompt.prefix_cache import prefix_cache
 from fastprompt.quantizing import quantize_
-from fastprompt.reporting import Share, trainable_share
 from fastprompt.set_files import load_sets, save_sets
+from fastprompt.share import Share, trainable_share
 from fastprompt.support import Support, supports
 from fastprompt.transfer import transfer
 

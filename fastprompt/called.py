@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastprompt import attention, sdpa
+from fastprompt import attention, placement, sdpa
 from fastprompt.attention import SideKeys
 
 
@@ -22,17 +22,13 @@ class Called:
     @classmethod
     def put_on(cls, module: nn.Module, side: SideKeys) -> Called:
         vars(module)[attention.ATTRIBUTE] = side
-        module.forward = made = cls(module)
+        made = cls(module)
+        placement.put_in(module, made)
         return made
 
     def undo(self) -> None:
-        kept = vars(self.module)
-        kept.pop(attention.ATTRIBUTE, None)
-        # accelerate may have moved us into _old_forward since, where it keeps what it hooks
-        if kept.get("_old_forward") is self:
-            self.module._old_forward = type(self.module).forward.__get__(self.module)
-        if kept.get("forward") is self:
-            del self.module.forward
+        vars(self.module).pop(attention.ATTRIBUTE, None)
+        placement.take_out(self.module, self)
 
     def __call__(self, *args, **kwargs) -> Tensor:
         return sdpa.run(self.module, self._attend, *args, **kwargs)

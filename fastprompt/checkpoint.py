@@ -8,13 +8,12 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from fastprompt import methods, undoing
+from fastprompt import methods, shards, undoing
 from fastprompt.adapters import unwrapped
 from fastprompt.families.base import join
 from fastprompt.files import replace
@@ -33,7 +32,7 @@ def save(
     model: nn.Module, folder: str | Path, *, weights: str = WEIGHTS, fold: bool = True
 ) -> Path:
     """Write the prompts and the other trained parts of a patched model, and a projector that was
-    loaded into it.
+    loaded into it. Where FSDP2 split them, all processes call it and the first writes.
 
     Args:
         model: a patched model.
@@ -69,15 +68,22 @@ def write(
     weights: str = WEIGHTS,
 ) -> Path:
     """A checkpoint of what a method of the patch's trains, and of what is ``given`` beside it."""
-    tensors = {name: p.detach().contiguous().cpu() for name, p in tensors.items()}
+    learned = [*tensors.values()]
+    tensors = {name: shards.whole(p).contiguous().cpu() for name, p in tensors.items()}
     card = _card(done, method, tensors, given)
+    if shards.writes_files(learned):
+        _write(folder, weights, tensors, card)
+    shards.wait_for_files(learned)
+    return folder / weights
+
+
+def _write(folder: Path, weights: str, tensors: dict[str, Tensor], card: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "fastprompt": json.dumps(card)}
     replace(folder / weights, lambda part: save_file(tensors, part, metadata=metadata))
     replace(folder / CARD, lambda part: part.write_text(json.dumps(card, indent=1) + "\n"))
     if weights == WEIGHTS and not (folder / README).exists():  # somebody's own words stay
         replace(folder / README, lambda part: part.write_text(model_card(card), encoding="utf-8"))
-    return folder / weights
 
 
 def load(model: nn.Module, folder: str | Path) -> Patch:
@@ -108,9 +114,8 @@ def load(model: nn.Module, folder: str | Path) -> Patch:
         raise
     given = tuple(card.get("given", ()))
     undoing.remember(done._undo, model, [name for name in given if name not in done._names])
-    with torch.no_grad():
-        for name, value in tensors.items():
-            model.get_parameter(name).copy_(value)
+    for name, value in tensors.items():
+        shards.fill(model.get_parameter(name), value)
     done.given = given
     done.refresh()
     return done

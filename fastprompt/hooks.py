@@ -68,13 +68,13 @@ class BeginAt:
                 positions = (seen.cumsum(-1) * seen - 1)[:, past : past + N]
             else:
                 positions = torch.arange(past, past + N, device=tokens.device)[None]
-        first = self._first(given.get(attention.CHOICE))
+        first = self._first(given.get(attention.CHOICE), positions.device)
         return (), given | {"position_ids": positions + first}
 
-    def _first(self, choice: Any) -> int | Tensor:
+    def _first(self, choice: Any, device: torch.device) -> int | Tensor:
         """Of all rows, or [B, 1]: tokens without prompts in front are where the base model's are.
 
-        ``choice``: what came with the batch.
+        ``choice``: what came with the batch, perhaps on another device.
         """
         blocks = self.tower.blocks
         if not isinstance(choice, Mixed):
@@ -84,7 +84,7 @@ class BeginAt:
         if choice.index is None:
             return firsts[0]
         of_rows = sum((choice.index == i) * first for i, first in enumerate(firsts))
-        return of_rows[:, None]
+        return of_rows[:, None].to(device)
 
 
 @dataclass(eq=False)

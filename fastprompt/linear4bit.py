@@ -7,12 +7,13 @@ wrong and the scales have lost precision for good.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastprompt import placement
 from fastprompt.ops import nf4_linear_cuda
 from fastprompt.ops.nf4_linear import nf4_linear
 from fastprompt.ops.packed import Packed, unpack
@@ -26,10 +27,8 @@ class Product:
     """Stands where a Linear4bit's forward did. A plain object that holds its module: unlike a
     bound method it follows the module through deepcopy and pickle, and is no child of it."""
 
-    def __init__(self, module: nn.Module, slot: str):
+    def __init__(self, module: nn.Module):
         self.module = module
-        self.slot = slot
-        self.replaced: Callable | None = vars(module).get(slot)
         self.compute = (module.compute_dtype, module.compute_type_is_set)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -47,17 +46,8 @@ class Product:
         return y.to(x.dtype)
 
     def undo(self) -> None:
-        module = self.module
-        # accelerate may have moved us in or out of _old_forward, where it keeps what it hooks
-        for slot in ("forward", "_old_forward"):
-            if vars(module).get(slot) is not self:
-                continue
-            if slot == self.slot == "forward" and self.replaced is None:
-                del module.forward  # the class's own shows again
-            else:
-                own = type(module).forward.__get__(module)
-                setattr(module, slot, self.replaced or own)
-        module.compute_dtype, module.compute_type_is_set = self.compute
+        placement.take_out(self.module, self)
+        self.module.compute_dtype, self.module.compute_type_is_set = self.compute
 
 
 def _few(module: nn.Module, x: Tensor) -> tuple[Packed, torch.dtype] | None:
@@ -109,7 +99,13 @@ def adopt(model: nn.Module) -> dict[str, nn.Module]:
         return {}
     from bitsandbytes.nn import Linear4bit
 
-    found = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit) and _slot(m)}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit)
+        and type(module).forward is Linear4bit.forward
+        and placement.stands_in(module) is None
+    }
     repacked = {n: m for n, m in found.items() if hasattr(state_of(m), "original_dtype")}
     lost = [n for n, m in repacked.items() if not _exact(state_of(m))]
     if lost:
@@ -121,8 +117,7 @@ def adopt(model: nn.Module) -> dict[str, nn.Module]:
     for module in repacked.values():
         _unrepack(module)
     for module in found.values():
-        slot = _slot(module)
-        setattr(module, slot, Product(module, slot))
+        placement.put_in(module, Product(module))
     return found
 
 
@@ -142,24 +137,9 @@ def check(modules: dict[str, nn.Module]) -> None:
 def release(modules: dict[str, nn.Module] | Iterable[nn.Module]) -> None:
     """Give the modules that `adopt` returned their own forward back."""
     for module in modules.values() if isinstance(modules, dict) else modules:
-        for slot in ("forward", "_old_forward"):
-            product = vars(module).get(slot)
-            if isinstance(product, Product):
-                product.undo()
-
-
-def _slot(module: nn.Module) -> str | None:
-    """The attribute where the class's own forward is called from; None if it is not called."""
-    from bitsandbytes.nn import Linear4bit
-
-    for slot in ("_old_forward", "forward"):  # the first is accelerate's, below its hooks
-        if slot in vars(module) or slot == "forward":
-            return slot if _function(getattr(module, slot)) is Linear4bit.forward else None
-    return None
-
-
-def _function(f: Callable) -> Any:
-    return getattr(f, "__func__", f)
+        product = placement.stands_in(module)
+        if isinstance(product, Product):
+            product.undo()
 
 
 def _exact(state: Any) -> bool:

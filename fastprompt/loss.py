@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from fastprompt import linear4bit
+from fastprompt import linear4bit, placement
 from fastprompt.blocks.checks import hooked
 from fastprompt.blocks.products import is_adopted
 from fastprompt.ops.linear_cross_entropy import linear_cross_entropy, rows_at_once
@@ -58,8 +58,8 @@ class FusedLoss:
         if why is not None:
             return why
         names = list(inspect.signature(type(model).forward).parameters)[1:]
-        made = cls(model, head, logits, replaced=vars(head).get("forward"), names=names)
-        head.forward = Head(made)
+        made = cls(model, head, logits, replaced=placement.stands_in(head), names=names)
+        placement.put_in(head, Head(made))
         setattr(model, _SLOT, made)
         made.handles = [
             model.register_forward_pre_hook(Enter(made), with_kwargs=True),
@@ -71,16 +71,9 @@ class FusedLoss:
     def undo(self) -> None:
         for handle in self.handles:
             handle.remove()
-        head = self.head
-        # accelerate may have moved us into _old_forward since, where it keeps what it hooks
-        for slot in ("forward", "_old_forward"):
-            own = vars(head).get(slot)
-            if not isinstance(own, Head) or own.loss is not self:
-                continue
-            if slot == "forward" and self.replaced is None:
-                del head.forward  # the class's own shows again
-            else:
-                setattr(head, slot, self.replaced or type(head).forward.__get__(head))
+        own = placement.stands_in(self.head)
+        if isinstance(own, Head) and own.loss is self:
+            placement.take_out(self.head, own, self.replaced)
         if vars(self.model).get(_SLOT) is self:
             delattr(self.model, _SLOT)
 
@@ -90,7 +83,7 @@ class FusedLoss:
 
     def _obstacle(self) -> str | None:
         head = self.head
-        own = vars(head).get("forward")
+        own = placement.stands_in(head)
         if self.logits:
             return "logits=True"
         if all(m is not head for m in self.model.children()):
@@ -236,6 +229,9 @@ def _unknown(model: nn.Module, head: nn.Module) -> str | None:
         return "lm_head trains"
     if is_adopted(head):
         return None
-    if "forward" in vars(head):
+    wrapped = placement.why_wrapped(head)
+    if wrapped is not None:
+        return f"lm_head {wrapped}"
+    if placement.stands_in(head) is not None:
         return "lm_head's forward was replaced"
     return None if type(head) is nn.Linear else f"lm_head is a {type(head).__name__}"

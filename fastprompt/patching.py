@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from fastprompt import adapters, families, reporting, tapping, undoing, without
+from fastprompt import adapters, families, placement, reporting, tapping, undoing, without
 from fastprompt.blocks import fp8
 from fastprompt.blocks.frozen import Frozen
 from fastprompt.blocks.memory import CHOICES as MEMORIES
@@ -99,8 +99,11 @@ class Patch(WithSets):
             p.requires_grad_(True)
         return self
 
-    def report(self) -> str:
-        """What was replaced, what was skipped and why, and what trains, as text."""
+    def report(self) -> reporting.Report:
+        """What was replaced, what was skipped and why, and what trains.
+
+        A string; ``rich.print(patch.report())`` makes a table of it.
+        """
         return reporting.report(self)
 
     def prepare(self, processor: ProcessorMixin) -> ProcessorMixin:
@@ -296,7 +299,7 @@ def patch(
     check(method, anatomy)
     if adapters.configs(model) and type(method).adapt is not Method.adapt:
         raise ValueError(f"{method}: want a model without adapters, got {adapters.kinds(model)}")
-    _check_devices(anatomy, compute)
+    _check_devices(model, anatomy, method, compute)
 
     done = Patch(model, method, anatomy, backend, memory=memory, compute=compute, logits=logits)
     try:
@@ -341,12 +344,21 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"{kind}: its part {inner!r} is patched already: undo that patch first")
 
 
-def _check_devices(anatomy: Anatomy, compute: str) -> None:
+def _check_devices(model: nn.Module, anatomy: Anatomy, method: Method, compute: str) -> None:
+    why = placement.why_no_children(model, (b.layer for t in anatomy.towers for b in t.blocks))
+    if why is not None:
+        raise ValueError(why)
+    trained = [anatomy.parts[part] for part in method.trains() if part in anatomy.parts]
+    trained += [""] * (type(method).adapt is not Method.adapt)
+    for name in trained:
+        if placement.offloaded(model.get_submodule(name)):
+            raise ValueError(f"{name or method}: want weights that stay, to train; got offloaded")
     for tower in anatomy.towers:
         for block in tower.blocks:
-            if block.like.weight.device.type == "meta":
+            device = placement.device_of(block.like)
+            if device.type == "meta":
                 raise ValueError(
-                    f"{block.name}: want weights on a device, got offloaded ones (not served yet)"
+                    f"{block.name}: want weights with values, got a model on the meta device"
                 )
             if compute == "fp8":
-                fp8.check_device(block.like.weight.device)
+                fp8.check_device(device)

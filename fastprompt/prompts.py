@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprompt import placement
+
 CHILD = "fastprompt"  # the prompt's name in its layer
 
 # rows of hidden states [S, P, D] -> keys and values [S, Hkv, P, d], not rotated
@@ -120,7 +122,8 @@ def free_keys_values(rows: Tensor) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def row_like(weight: Tensor) -> Tensor:
-    """[D]: the dtype that prompts have beside a norm's weight, its width and its device."""
+def row_like(norm: nn.Module) -> Tensor:
+    """[D]: the dtype that prompts have beside a norm's weight, its width, and where it runs."""
+    weight = norm.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    return torch.empty(weight.shape, dtype=dtype, device=placement.device_of(norm))

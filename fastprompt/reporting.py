@@ -1,30 +1,56 @@
-"""`Patch.report()` as text."""
+"""`Patch.report()`, as text and as a table."""
 
 from __future__ import annotations
 
+import html
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from fastprompt import adapters, families, linear4bit, native, native_cuda
+from fastprompt import adapters, linear4bit, native, native_cuda
 from fastprompt.blocks.fp8 import why_not
-from fastprompt.methods import Method, check, default_for
-from fastprompt.methods.base import new_prompts
 from fastprompt.ops import nf4_linear_cuda
 from fastprompt.ops.prompt_attention import chosen_backend
-from fastprompt.prompts import row_like
+from fastprompt.share import count, is_4bit, numel, share_of
 
 if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
     from fastprompt.patching import Patch
 
 
-def report(patch: Patch) -> str:
+class Report(str):
+    """Text; what rich prints, and a notebook shows, is a table of it."""
+
+    def __rich__(self) -> Table | Text:
+        from rich.table import Table
+        from rich.text import Text
+
+        title, *sections = self.split("\n\n")
+        if not sections:
+            return Text(self)
+        table = Table(title=Text(title), show_header=False, title_justify="left")
+        for section in sections:
+            head, *rows = section.split("\n")
+            table.add_section()
+            for i, row in enumerate([head, *rows]):
+                # two spaces end a cell
+                first, _, rest = row.strip().partition("  ")
+                cells = (first, "", rest) if i == 0 else ("", first, rest)
+                table.add_row(*(Text(cell.strip()) for cell in cells))
+        return table
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self)}</pre>"
+
+
+def report(patch: Patch) -> Report:
     """One screen: the towers, what trains, what is frozen and how, what was skipped."""
     model, lengths = patch.model, patch.method.lengths()
     if patch.undone:
-        return f"fastprompt: undone ({patch.method} on {type(model).__name__})"
+        return Report(f"fastprompt: undone ({patch.method} on {type(model).__name__})")
     lines = [f"fastprompt: {patch.method} on {type(model).__name__}", "", "towers"]
     for tower in patch.anatomy.towers:
         rows, depth = lengths.get(tower.kind, 0), len(tower.blocks) + len(tower.unread)
@@ -43,7 +69,7 @@ def report(patch: Patch) -> str:
     trained = {name: p.numel() for name, p in patch.trainable.items()}
     prompts = sum(count(prompt) for prompt in patch.prompts.values())
     total = count(model)
-    lines += ["", f"trains  {sum(trained.values()):,} of {total:,} parameters ({_share(patch)})"]
+    lines += ["", f"trains  {sum(trained.values()):,} of {total:,} parameters ({share_of(patch)})"]
     lines.append(f"  prompts  {prompts:,}")
     for name, what in patch.replaced.items():
         size = sum(n for key, n in trained.items() if key.startswith(f"{name}."))
@@ -59,7 +85,7 @@ def report(patch: Patch) -> str:
     four_bit = [*{id(m.weight): m for m in model.modules() if is_4bit(m)}.values()]
     lines += ["", f"frozen  {total - sum(trained.values()) - others:,} parameters"]
     if four_bit:
-        lines[-1] += f", {sum(map(_numel, four_bit)):,} of them in 4-bit ({len(four_bit)} layers)"
+        lines[-1] += f", {sum(map(numel, four_bit)):,} of them in 4-bit ({len(four_bit)} layers)"
         how = f"decoded by csrc ({native.isa()})" if native.available() else "decoded by torch"
         lines.append(
             f"  on the CPU  {how}" + ("" if native.available() else f": {native.why_missing()}")
@@ -71,7 +97,7 @@ def report(patch: Patch) -> str:
     lines += ["", f"attention backend  {_backend(patch)}"]
     if patch.skipped:
         lines += ["", "skipped", *(f"  {name}: {why}" for name, why in patch.skipped.items())]
-    return "\n".join(lines)
+    return Report("\n".join(lines))
 
 
 def _sets(patch: Patch) -> list[str]:
@@ -87,66 +113,6 @@ def _sets(patch: Patch) -> list[str]:
         own = f", {' and '.join(parts)} of its own" if parts else ""
         lines.append(f"  {name}  {rows} rows{own}")
     return lines
-
-
-class Share(NamedTuple):
-    """How much of a model trains.
-
-    Attributes:
-        trained: numbers that train, by part: "prompts", "projector", "lm_head", "head".
-        total: numbers in the model, prompts included.
-    """
-
-    trained: dict[str, int]
-    total: int
-
-    def percent(self, *without: str) -> float:
-        """Of all numbers, those that train but for some parts."""
-        counted = (n for part, n in self.trained.items() if part not in without)
-        return 100 * sum(counted) / max(1, self.total)
-
-
-def trainable_share(model: nn.Module, method: Method | None = None) -> Share:
-    """What `patch` with this method would train; nothing changes, and "meta" models will do.
-
-    Raises:
-        ValueError: a model or a method that is not served, or a model that is patched already.
-    """
-    if hasattr(model, "_fastprompt_patch"):
-        raise ValueError("trainable_share: want a model before its patch, whose report says it")
-    anatomy = families.anatomy(model)
-    method = default_for(anatomy) if method is None else method
-    check(method, anatomy)
-    if type(method).adapt is not Method.adapt:
-        raise ValueError(f"{method}: want a method of prompts; of others, count patch.trainable")
-    towers = [t for t in anatomy.towers if method.lengths().get(t.kind) and t.blocks]
-    prompts, beside = new_prompts(method, towers)
-    pools = [(method.pool(tower), row_like(tower.blocks[0].like.weight)) for tower in towers]
-    keys = [pool.method.shared_keys(like) for pool, like in pools if pool is not None]
-    made = [*prompts.values(), *(module for _, module in beside), *filter(None, keys)]
-    trained, total = {"prompts": sum(map(count, made))}, count(model)
-    total += trained["prompts"]
-    for part in method.trains():
-        if part in anatomy.parts:
-            trained[part] = count(model.get_submodule(anatomy.parts[part]))
-            total += trained[part] * (part == "lm_head" and is_tied(model))  # a copy of its own
-    return Share(trained, total)
-
-
-def _share(patch: Patch) -> str:
-    """As a percentage, for a vision-language model with lm_head and without."""
-    own, total = sum(p.numel() for p in patch.trainable.values()), count(patch.model)
-    text, parts = f"{100 * own / max(1, total):.3f}%", patch.anatomy.parts
-    if "projector" not in parts or "lm_head" not in parts:
-        return text
-    lm_head = patch.model.get_submodule(parts["lm_head"])
-    head, trained = count(lm_head), {id(p) for p in patch.trainable.values()}
-    if "lm_head" in patch.method.trains():
-        return f"{text}; without lm_head {100 * (own - head) / total:.3f}%"
-    if any(id(p) in trained for p in lm_head.parameters()):  # with all that is around it
-        return text
-    total += head * is_tied(patch.model)  # a copy of its own
-    return f"{text}; with lm_head {100 * (own + head) / total:.3f}%"
 
 
 def _blocks(patch: Patch) -> list[str]:
@@ -234,23 +200,3 @@ def _on_gpus(devices: set[torch.device]) -> list[str]:
         )
         lines.append(f"  on {device}  " + (f"csrc/cuda is not used: {why}" if why else how))
     return lines
-
-
-def count(model: nn.Module) -> int:
-    """Numbers in a model, shared ones once; a packed 4-bit weight counts what it decodes to."""
-    packed = {id(m.weight): _numel(m) for m in model.modules() if is_4bit(m)}
-    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
-
-
-def is_tied(model: nn.Module) -> bool:
-    """Whether the head's weight is the embeddings', too."""
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-def is_4bit(module: nn.Module) -> bool:
-    """Whether the module is a linear layer with a packed 4-bit weight."""
-    return hasattr(module, "weight") and linear4bit.state_of(module) is not None
-
-
-def _numel(linear: nn.Linear) -> int:
-    return linear.in_features * linear.out_features

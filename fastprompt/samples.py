@@ -3,7 +3,9 @@
 from collections.abc import Collection
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fastprompt import placement, shards
 
 _SAMPLES = 64
 
@@ -27,14 +29,19 @@ def base_sample(
         "patch_embeddings.projection.weight",
         "token_embedding.weight",
     )
+    away = placement.offloaded_values(model)
     own = [(n, p) for n, p in model.named_parameters() if n not in without]
     frozen = [(n, p) for n, p in own if trained or not p.requires_grad]
-    frozen = [(n, p) for n, p in frozen if p.device.type != "meta" and p.is_floating_point()]
-    tables = [p.detach().flatten() for n, p in frozen if n.endswith(names)]
-    vectors = [p.detach()[:1] for _, p in frozen if p.ndim == 1]
+    frozen = [(n, p) for n, p in frozen if p.is_floating_point() and (not p.is_meta or n in away)]
+
+    def values(name: str, p: Tensor) -> Tensor:
+        return (away[name]() if p.is_meta else shards.whole(p)).flatten()
+
+    tables = [(n, p) for n, p in frozen if n.endswith(names)]
+    vectors = [(n, p) for n, p in frozen if p.ndim == 1]
     each = max(1, _SAMPLES // max(1, len(tables)))
-    steps = [p[:: max(1, p.numel() // each)][:each] for p in tables]
-    steps += vectors[:: max(1, len(vectors) // _SAMPLES)]
+    steps = [values(n, p)[:: max(1, p.numel() // each)][:each] for n, p in tables]
+    steps += [values(n, p)[:1] for n, p in vectors[:: max(1, len(vectors) // _SAMPLES)]]
     return [float(f"{x:.4g}") for part in steps for x in part.float().tolist()]
 
 

@@ -17,9 +17,10 @@ from fastprompt.families import TEXT, VISION, Tower
 from fastprompt.families.base import is_of, join
 from fastprompt.loss import FusedLoss
 from fastprompt.methods.base import new_prompts
+from fastprompt.placement import offloaded
 from fastprompt.pools import Pool
 from fastprompt.prompts import CHILD, BlockPrompt, row_like
-from fastprompt.reporting import is_tied
+from fastprompt.share import is_tied
 from fastprompt.trained import trained_copy
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def apply(done: Patch) -> None:
     """Do to ``done.model`` all that its method asks; ``done.undo()`` takes back what was done."""
     model, method = done.model, done.method
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    done._undo.append(("requires_grad", (model, bool(adapters.configs(model)), flags)))
+    moving = [(m, name, m._parameters[name].requires_grad) for m, name in offloaded(model)]
+    done._undo.append(("requires_grad", (model, bool(adapters.configs(model)), flags, moving)))
     of_peft = adapters.trained(model)
     model.requires_grad_(False)
     for p in of_peft:
@@ -145,7 +147,7 @@ def _add_child(done: Patch, parent: nn.Module, name: str, child: nn.Module) -> N
 
 def _add_pool(done: Patch, pool: Pool) -> None:
     tower = pool.tower
-    keys = pool.method.shared_keys(row_like(tower.blocks[0].like.weight))
+    keys = pool.method.shared_keys(row_like(tower.blocks[0].like))
     if keys is not None:
         _add_child(done, tower.model, tower.name, keys)
         done.replaced[join(tower.name, CHILD)] = f"{len(keys.keys)} pool keys, trains"

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
+from fastprompt import placement
 from fastprompt.families import Tower
 from fastprompt.prompts import CHILD, Prompt
 
@@ -93,18 +94,16 @@ class RunIfRead:
     """Stands in for ``layer.forward`` of a block whose output nothing reads inside the host."""
 
     layer: nn.Module
-    replaced: Callable | None  # a forward that stood on the layer itself (accelerate's)
+    replaced: Callable | None  # what stood there before
 
     @classmethod
     def put_on(cls, layer: nn.Module) -> RunIfRead:
-        layer.forward = made = cls(layer, vars(layer).get("forward"))
+        made = cls(layer, placement.stands_in(layer))
+        placement.put_in(layer, made)
         return made
 
     def undo(self) -> None:
-        if self.replaced is not None:
-            self.layer.forward = self.replaced
-        else:
-            vars(self.layer).pop("forward", None)
+        placement.take_out(self.layer, self, self.replaced)
 
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         if kwargs.get(IMAGE):

@@ -47,14 +47,21 @@ def resized(steps: list[tuple[str, Any]]) -> list[tuple[PreTrainedConfig, int]]:
 
 
 def _restore_flags(
-    what: tuple[nn.Module, bool, list[tuple[nn.Parameter, bool, Tensor | None]]],
+    what: tuple[
+        nn.Module,
+        bool,
+        list[tuple[nn.Parameter, bool, Tensor | None]],
+        list[tuple[nn.Module, str, bool]],
+    ],
 ) -> None:
-    model, had_adapters, flags = what
+    model, had_adapters, flags, moving = what
     since = bool(adapters.configs(model)) and not had_adapters
     for p, requires_grad, grad in flags:
         # PEFT, called since, has frozen all that is not its own
         p.requires_grad_(p.requires_grad if since else requires_grad)
         p.grad = grad
+    for module, name, requires_grad in moving:
+        module._parameters[name].requires_grad_(requires_grad)
 
 
 def put_back(what: tuple[nn.Module, str, nn.Module]) -> None:

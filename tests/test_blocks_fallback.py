@@ -119,7 +119,8 @@ def test_modules_that_are_not_known():
         mlp.forward = lambda x, own=mlp.forward: 2 * own(x)
 
     def with_another_layer(model):
-        model.model.layers[1].forward = model.model.layers[1].forward
+        layer = model.model.layers[1]
+        layer.forward = lambda *args, own=layer.forward, **kwargs: own(*args, **kwargs)
 
     class LlamaDecoderLayer(tf.models.llama.modeling_llama.LlamaDecoderLayer):
         def forward(self, *args, **kwargs):

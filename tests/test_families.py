@@ -18,7 +18,7 @@ from fastprompt.families import TOWERS
 from fastprompt.methods import L2P, DeepPrompts
 from fastprompt.ops import dequantize_4bit, reference
 from fastprompt.recorder import listening
-from fastprompt.reporting import is_4bit
+from fastprompt.share import is_4bit
 from fastprompt.viz import attention_to_prompts
 
 ALL = list(zoo.ROWS)

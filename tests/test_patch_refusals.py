@@ -121,11 +121,11 @@ def test_a_forward_that_stood_on_an_unread_layer_is_kept():
     assert last.forward is theirs
 
 
-def test_offloaded_weights_are_refused():
+def test_weights_without_values_are_refused():
     model = tiny.build("llama")
     layer = model.model.layers[1]
     layer.input_layernorm.to("meta")
-    unchanged(model, fastprompt.patch, "layers.1: want weights on a device, got offloaded")
+    unchanged(model, fastprompt.patch, "layers.1: want weights with values, got a model on")
 
 
 def test_one_mask_for_the_whole_batch():

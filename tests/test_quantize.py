@@ -17,7 +17,7 @@ import fastprompt
 from fastprompt import quantizing
 from fastprompt.multihead import MultiheadAttention
 from fastprompt.ops import dequantize_4bit
-from fastprompt.reporting import is_4bit
+from fastprompt.share import is_4bit
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -2,15 +2,12 @@
 resume. What is sent and held is counted."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import two
 from runs import config_of, train
 from safetensors.torch import load_file
 from tiny import llama
@@ -22,7 +19,6 @@ from fastprompt.train import TrainingError, prepare_model, sharding
 from fastprompt.train.distributed import sent_bytes
 from fastprompt.train.progress import read_metrics
 
-ROOT = Path(__file__).parent.parent
 STEPS, SAVED, KILLED = 4, 2, 3
 CASES = {
     "dense": {},
@@ -101,14 +97,6 @@ for path in sorted(folder.glob("*.yaml")):
     found["cached"] = sum(p._cached is not None for p in prompts)
     (folder / f"{path.stem}-{rank()}.json").write_text(json.dumps(found))
 """
-
-
-def two(*command):
-    """Runs a Python command in two processes."""
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*run, *command], env=env, capture_output=True, text=True, timeout=300)
 
 
 def options(shared, out, case, processes=2, **more):

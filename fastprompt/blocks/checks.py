@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fastprompt import placement
 from fastprompt.adapters import adapted
 from fastprompt.blocks.parts import Norm, Parts, Vector
 from fastprompt.blocks.products import is_adopted
@@ -43,7 +44,10 @@ def unknown(parts: Parts, found: list[Inside]) -> str | None:
         name = f"{part.name} is " if part.name else ""
         if adapted(module):
             return f"{part.name} has an adapter (PEFT's)"
-        if "forward" in vars(module) and not is_adopted(module):
+        wrapped = placement.why_wrapped(module)
+        if wrapped is not None:
+            return f"{part.name or 'it'} {wrapped}"
+        if placement.stands_in(module) is not None and not is_adopted(module):
             return f"{part.name}'s forward was replaced" if name else "its forward was replaced"
         if not _is_as_published(module):
             return f"{name}a {kind.__name__} with a forward of its own"
@@ -54,6 +58,11 @@ def unknown(parts: Parts, found: list[Inside]) -> str | None:
             and kind is not nn.Identity
         ):
             return f"{part.name} is a {kind.__name__}, which frozen blocks do not know"
+    devices = {
+        p.device for part in found for p in part.module._parameters.values() if p is not None
+    }
+    if len(devices) > 1:
+        return f"its weights are on {' and '.join(sorted(map(str, devices)))}"
     for part in parts.products:
         if type(part) is not nn.Linear and not is_adopted(part):
             return f"a product is a {type(part).__name__}, want nn.Linear or Linear4bit"
@@ -78,7 +87,11 @@ def obstacle(parts: Parts, found: list[Inside]) -> str | None:
         ) and inner and hooked(module):  # fmt: skip
             return f"{part.name} has hooks"
         if "forward" in own and inner and not is_adopted(module):
-            return f"{part.name}'s forward was replaced"
+            wrapped = placement.why_wrapped(module)
+            if wrapped is not None:
+                return f"{part.name} {wrapped}"
+            if placement.stands_in(module) is not None:
+                return f"{part.name}'s forward was replaced"
         for name, p in own["_parameters"].items():
             if p is not None and p.requires_grad:
                 return f"{part.name}.{name} trains".lstrip(".")

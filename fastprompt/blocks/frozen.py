@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastprompt import recorder
+from fastprompt import placement, recorder
 from fastprompt.attention import ATTRIBUTE, CHOICE, SideKeys, as_options
 from fastprompt.blocks import checks
 from fastprompt.blocks.memory import Memory
@@ -77,23 +77,19 @@ class Frozen:
         if why is None:
             names = list(inspect.signature(type(layer).forward).parameters)[2:]
             index = len(memory.blocks)
-            layer.forward = cls(layer, parts, side, memory, found, index, compute, names)
+            own = cls(layer, parts, side, memory, found, index, compute, names)
+            placement.put_in(layer, own)
             memory.blocks.append(parts)
         return why
 
     @classmethod
     def of(cls, layer: nn.Module) -> Frozen | None:
-        """What `put_on` put there, also where accelerate has hooked the layer since."""
-        found = (vars(layer).get(slot) for slot in ("forward", "_old_forward"))
-        return next((each for each in found if isinstance(each, cls)), None)
+        """What `put_on` put there."""
+        found = placement.stands_in(layer)
+        return found if isinstance(found, cls) else None
 
     def undo(self) -> None:
-        layer = self.layer
-        # accelerate may have moved us into _old_forward since, where it keeps what it hooks
-        if vars(layer).get("_old_forward") is self:
-            layer._old_forward = type(layer).forward.__get__(layer)
-        if vars(layer).get("forward") is self:
-            del layer.forward
+        placement.take_out(self.layer, self)
 
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         given = kwargs | dict(zip(self.names, args, strict=False))
@@ -220,7 +216,7 @@ def freeze(
             if why:
                 done.unfused[block.name] = why
             else:
-                done.blocks.append(block.layer.forward)
+                done.blocks.append(Frozen.of(block.layer))
     return done
 
 

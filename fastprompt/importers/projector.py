@@ -13,7 +13,7 @@ from fastprompt.adapters import unwrapped
 from fastprompt.families import anatomy
 from fastprompt.importers.shards import Shards
 from fastprompt.patching import ATTRIBUTE, patch_of
-from fastprompt.reporting import is_4bit
+from fastprompt.share import is_4bit
 
 # LLaVA: model.mm_projector.weight (linear), model.mm_projector.0.weight, .2.weight (two layers);
 # transformers: multi_modal_projector.linear_1.weight, .linear_2.weight; ours: the model's own names

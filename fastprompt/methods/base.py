@@ -46,7 +46,7 @@ class Method:
 
     def row(self, block: Block) -> Tensor:
         """[D]: an empty row of that block's prompt, on its device; free keys have other axes."""
-        return row_like(block.like.weight)
+        return row_like(block.like)
 
     def as_tokens(self, tower: Tower) -> bool:
         """Whether its prompt goes through all blocks, from the first on, as tokens."""

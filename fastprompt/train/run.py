@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, TrainerCallback
 
 import fastprompt
 from fastprompt.patching import Patch
-from fastprompt.reporting import count
 from fastprompt.samples import base_sample
+from fastprompt.share import count
 from fastprompt.train import run_folder, sharding
 from fastprompt.train.checking import Problems
 from fastprompt.train.config import TrainConfig

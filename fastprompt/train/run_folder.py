@@ -25,7 +25,7 @@ import torch
 
 from fastprompt.files import replace
 from fastprompt.patching import Patch
-from fastprompt.reporting import count
+from fastprompt.share import count
 from fastprompt.train.checking import TrainingError
 from fastprompt.train.config import TrainConfig
 from fastprompt.train.distributed import processes
