@@ -27,6 +27,7 @@ from fastprompt.methods import Method
 from fastprompt.methods.base import new_prompts
 from fastprompt.prompts import CHILD, BlockPrompt
 from fastprompt.rows import Rows
+from fastprompt.shards import is_shard
 
 if TYPE_CHECKING:
     from fastprompt.patching import Patch
@@ -343,6 +344,5 @@ def _check(patch: Patch) -> None:
             "prompt sets: want visual_prompts='drop', or an image's length would be a set's; got "
             f"{method.shown()!r}"
         )
-    kinds = {type(p) for prompt in patch.prompts.values() for p in prompt.parameters()}
-    if kinds - {nn.Parameter}:
-        raise ValueError(f"prompt sets: want whole parameters, got {kinds} (FSDP's shards)")
+    if any(is_shard(p) for prompt in patch.prompts.values() for p in prompt.parameters()):
+        raise ValueError("prompt sets: want whole parameters, got FSDP's shards")

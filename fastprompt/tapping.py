@@ -27,6 +27,7 @@ from transformers import ProcessorMixin
 from fastprompt import placement
 from fastprompt.families import Tower
 from fastprompt.prompts import CHILD, Prompt
+from fastprompt.shards import is_shard
 
 IMAGE = "fastprompt_image"  # the keyword
 SHOWN = ("drop", "raw", "context")
@@ -125,7 +126,7 @@ class ShowRaw:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Any:
         if not kwargs.get(IMAGE):
             return None
-        if hasattr(self.prompt.tokens, "full_tensor"):  # gathered for its own block's forward alone
+        if is_shard(self.prompt.tokens):  # gathered for its own block's forward alone
             raise ValueError("visual_prompts='raw': want whole parameters, got FSDP's shards")
         return torch.cat([rows_for(self.prompt, output), output], dim=1)
 

@@ -10,6 +10,7 @@ from fastprompt.families import TEXT, VISION, Anatomy, Block, Tower
 from fastprompt.methods.base import Method, Prompted
 from fastprompt.methods.pool import whole
 from fastprompt.prompts import BlockPrompt, Prompt
+from fastprompt.shards import is_shard
 
 _STD = 0.02
 
@@ -91,7 +92,7 @@ class MappedPrompt(BlockPrompt):
         return self.source.length
 
     def learned(self) -> Tensor:
-        if hasattr(self.source.tokens, "full_tensor"):  # gathered for its own block's forward alone
+        if is_shard(self.source.tokens):  # gathered for its own block's forward alone
             raise ValueError("MaPLe: want whole parameters of the text tower, got FSDP's shards")
         return self.map(self.source.learned().to(self.map.weight.device))
 

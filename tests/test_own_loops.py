@@ -1,0 +1,128 @@
+"""Two processes by a user's own loop: FSDP2, which splits prompts with their blocks; accelerate."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from processes import two
+from transformers import AutoModelForCausalLM
+
+import fastprompt
+from fastprompt import loading
+from fastprompt.methods import DeepPrompts
+
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("accelerate")
+
+STEPS, P = 3, 4
+CASES = [(how, weights) for how in ("accelerate", "fsdp") for weights in ("dense", "four_bit")]
+# in each of two processes, on its half of the rows: every case in turn
+WORKER = """
+import json, sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import fastprompt
+import test_own_loops as own
+
+torch.set_num_threads(1)
+folder, accelerator = Path(sys.argv[1]), Accelerator(cpu=True)
+mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+for how, weights in own.CASES:
+    model, patch = own.patched(folder, weights)
+    if how == "fsdp":
+        for block in patch.anatomy.towers[0].blocks:
+            fully_shard(block.layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        losses = own.train(model, own.adamw(patch), rank)
+    else:
+        wrapped, optimizer = accelerator.prepare(model, own.adamw(patch))
+        losses = own.train(wrapped, optimizer, rank, accelerator.backward)
+        model = accelerator.unwrap_model(wrapped)
+    out, learned = folder / f"{how}-{weights}", patch.trainable.values()
+    fastprompt.save(model, out)
+    found = dict(losses=losses, kinds=sorted({type(p).__name__ for p in learned}))
+    found["held"] = sum(getattr(p, "to_local", lambda: p)().numel() for p in learned)
+    for p in learned:
+        p.data.zero_()
+    dist.barrier()
+    fastprompt.load(model, out)
+    found["after"] = own.loss(model.train(), own.rows()[rank::2]).item()
+    (out / f"{rank}.json").write_text(json.dumps(found))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def patched(folder, weights):
+    four_bit = dict(quantization_config=loading.four_bit(torch.float32))
+    options = four_bit if weights == "four_bit" else {}
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
+    torch.manual_seed(1)
+    return model, fastprompt.patch(model, DeepPrompts(text=P))
+
+
+def adamw(patch):
+    return torch.optim.AdamW(patch.param_groups(prompt_lr=0.1))
+
+
+def rows():
+    return torch.randint(3, 60, (4, 8), generator=torch.Generator().manual_seed(2))
+
+
+def loss(model, ids):
+    return model(input_ids=ids, labels=ids).loss
+
+
+def train(model, optimizer, rank=None, backward=torch.Tensor.backward):
+    """Losses of a few steps; of one of two processes on its half of the rows."""
+    losses, ids = [], rows() if rank is None else rows()[rank::2]
+    model.train()
+    for _ in range(STEPS):
+        value = loss(model, ids)
+        backward(value)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(value.item())
+    return losses
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """(The folder of both processes' results, what they said.)"""
+    folder = tmp_path_factory.mktemp("two")
+    torch.manual_seed(0)
+    tiny.llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "model")
+    (folder / "worker.py").write_text(WORKER)
+    return folder, two(str(folder / "worker.py"), str(folder))
+
+
+@pytest.mark.parametrize("how, weights", CASES)
+def test_two_processes_are_one(job, how, weights):
+    folder, done = job
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = folder / f"{how}-{weights}"
+    found = [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+    model, patch = patched(folder, weights)
+    want = train(model, adamw(patch))
+    got = [sum(each) / 2 for each in zip(*(f["losses"] for f in found), strict=True)]
+    assert got == pytest.approx(want, rel=1e-6) and len({*want}) == STEPS
+    after = sum(f["after"] for f in found) / 2
+    assert after == pytest.approx(loss(model.train(), rows()).item(), rel=1e-6)
+
+    numbers = sum(p.numel() for p in patch.trainable.values())
+    splits = how == "fsdp"
+    assert [f["held"] for f in found] == [numbers / (1 + splits)] * 2
+    assert found[0]["kinds"] == ["DTensor" if splits else "Parameter"]
+
+    fresh, _ = patched(folder, weights)
+    fastprompt.load(fresh, out)
+    for name, p in fastprompt.patch_of(fresh).trainable.items():
+        torch.testing.assert_close(p, patch.trainable[name], rtol=1e-4, atol=1e-6)
