@@ -1,6 +1,6 @@
 """Prompt tuning of frozen, 4-bit vision and vision-language transformers, as fused side keys."""
 
-from fastprompt import importers, methods, ops, set_algebra, viz
+from fastprompt import importers, methods, ops, viz
 from fastprompt.assembly import assemble, assemble_processor
 from fastprompt.attention import register
 from fastprompt.baking import bake
@@ -8,15 +8,16 @@ from fastprompt.checkpoint import load, read_card, save
 from fastprompt.doctor import report
 from fastprompt.families import supported
 from fastprompt.hub import from_hub, push_to_hub
-from fastprompt.init_from import init_from, kmeans
 from fastprompt.patching import Patch, patch, patch_of
 from fastprompt.prefill import prefill
 from fastprompt.prefix_cache import prefix_cache
 from fastprompt.quantizing import quantize_
-from fastprompt.set_files import load_sets, save_sets
+from fastprompt.sets import algebra as set_algebra
+from fastprompt.sets.beginning import init_from, kmeans
+from fastprompt.sets.files import load_sets, save_sets
+from fastprompt.sets.transfer import transfer
 from fastprompt.share import Share, trainable_share
 from fastprompt.support import Support, supports
-from fastprompt.transfer import transfer
 
 __version__ = "0.1.0"
 __all__ = [

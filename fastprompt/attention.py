@@ -20,10 +20,10 @@ from fastprompt import recorder, sdpa
 from fastprompt.families import Block, Tower
 from fastprompt.families.base import THROUGH
 from fastprompt.masks import attention_mask
-from fastprompt.mixed import Mixed
 from fastprompt.ops import prompt_attention, reference
 from fastprompt.prompts import BlockPrompt
 from fastprompt.rotation import rotate
+from fastprompt.sets.mixed import Mixed
 
 NAME = "fastprompt"
 # transformers hands rows of several images over whole where the name says flash, else one by one

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastprompt import attention
 from fastprompt.families import Tower
-from fastprompt.mixed import Mixed
 from fastprompt.prompts import CHILD
+from fastprompt.sets.mixed import Mixed
 
 
 @dataclass(eq=False)

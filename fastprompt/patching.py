@@ -21,8 +21,8 @@ from fastprompt.methods import Method, check, default_for
 from fastprompt.ops.options import BACKENDS
 from fastprompt.pools import Pool
 from fastprompt.prompts import CHILD, Prompt
+from fastprompt.sets.of_patch import WithSets
 from fastprompt.steps import apply
-from fastprompt.with_sets import WithSets
 
 ATTRIBUTE = "_fastprompt_patch"
 

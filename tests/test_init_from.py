@@ -7,8 +7,8 @@ import zoo
 from test_exactness import relative
 
 import fastprompt
-from fastprompt.init_from import kmeans, states_before
 from fastprompt.methods import E2VPT, M2PT, VPT, DeepPrompts, PrefixTuning
+from fastprompt.sets.beginning import kmeans, states_before
 
 TEXT = DeepPrompts(text=3, train_head=False)
 

@@ -12,7 +12,7 @@ from test_exactness import relative
 import fastprompt
 from fastprompt.concatenation import concatenate as write_rows
 from fastprompt.methods import E2VPT, M2PT, DeepPrompts, PrefixTuning
-from fastprompt.set_algebra import average, concatenate, interpolate
+from fastprompt.sets.algebra import average, concatenate, interpolate
 
 
 @pytest.mark.parametrize("name", ["llama", "vit", "qwen2"])

@@ -19,9 +19,9 @@ from test_exactness import relative
 from test_families import four_bit, wide  # noqa: F401  (a fixture)
 
 import fastprompt
-from fastprompt import mixed as mixing
 from fastprompt.methods import L2P, M2PT, VPT, DeepPrompts, PrefixTuning
 from fastprompt.ops import reference
+from fastprompt.sets import mixed as mixing
 
 # ---- training ----
 

@@ -9,8 +9,8 @@ import zoo
 from test_exactness import relative
 
 import fastprompt
-from fastprompt.init_from import kmeans
 from fastprompt.methods import L2P, M2PT, VPT, DeepPrompts, FullTuning
+from fastprompt.sets.beginning import kmeans
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from fastprompt import checkpoint, methods, undoing
 from fastprompt.adapters import unwrapped
 from fastprompt.files import replace
 from fastprompt.patching import ATTRIBUTE, Patch, patch_of
-from fastprompt.sets import FIRST
+from fastprompt.sets.sets import FIRST
 
 INDEX = "sets.json"  # names, and which of them is in use
 

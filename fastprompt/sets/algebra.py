@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastprompt.methods.base import DeepMethod
-from fastprompt.sets import PromptSet
+from fastprompt.sets.sets import PromptSet
 
 
 def average(*sets: PromptSet, weights: Sequence[float] | None = None) -> PromptSet:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastprompt.rows import Rows
-from fastprompt.sets import PromptSet, Sets
+from fastprompt.sets.rows import Rows
+from fastprompt.sets.sets import PromptSet, Sets
 
 
 class WithSets:
@@ -63,7 +63,7 @@ class WithSets:
                 show other parts, or a patch that can have one set alone: with a pool, with prompts
                 as tokens, or with visual prompts that the projector sees.
         """
-        from fastprompt.init_from import init_from as begin
+        from fastprompt.sets.beginning import init_from as begin
 
         self._check_outside("add")
         sets = self._of_sets()
@@ -132,14 +132,14 @@ class WithSets:
         Raises:
             ValueError: a name that is there already, or what `fastprompt.load` refuses.
         """
-        from fastprompt.set_files import load_set
+        from fastprompt.sets.files import load_set
 
         self._check_outside("load")
         load_set(self, name, folder)
 
     def save(self, name: str, folder: str | Path) -> Path:
         """Write a set, in use or not, as `fastprompt.save` writes the one in use."""
-        from fastprompt.set_files import save_set
+        from fastprompt.sets.files import save_set
 
         self._check_outside("save")
         return save_set(self, name, folder)

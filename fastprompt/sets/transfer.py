@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprompt.init_from import Layers, depths, fitted, prompted, states_before, tokens, write
 from fastprompt.patching import Patch
+from fastprompt.sets.beginning import Layers, depths, fitted, prompted, states_before, tokens, write
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from fastprompt.families import Block, Tower
 from fastprompt.patching import Patch
 from fastprompt.prefill import scaled
 from fastprompt.prompts import CHILD, Prompt
-from fastprompt.sets import PromptSet
+from fastprompt.sets.sets import PromptSet
 from fastprompt.without import all_blocks, taken_out
 
 Layers = Mapping[

@@ -26,7 +26,7 @@ from fastprompt.families import Block, Tower
 from fastprompt.methods import Method
 from fastprompt.methods.base import new_prompts
 from fastprompt.prompts import CHILD, BlockPrompt
-from fastprompt.rows import Rows
+from fastprompt.sets.rows import Rows
 from fastprompt.shards import is_shard
 
 if TYPE_CHECKING:

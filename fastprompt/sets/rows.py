@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fastprompt import attention
 from fastprompt.families import VISION, Anatomy, Tower
-from fastprompt.mixed import Mixed
 from fastprompt.prompts import BlockPrompt
+from fastprompt.sets.mixed import Mixed
 from fastprompt.tapping import HostMethod
 
 # hosts whose images, or tiles of images, all become the same number of tokens
