@@ -66,9 +66,9 @@ def find_compiler() -> tuple[list[str] | None, str]:
     return command, ""
 
 
-def amx_flags(compiler: list[str]) -> str:
-    """Those of product_amx.cpp; none, and it is empty, for a compiler older than AMX."""
-    flags = f"-mavx512f -mavx512bw -mamx-tile -mamx-bf16 {QUIET}"
+def tile_flags(compiler: list[str], own: str) -> str:
+    """Those of a product by tiles; none, and it is empty, for a compiler older than ``own``."""
+    flags = f"-mavx512f -mavx512bw {own} {QUIET}"
     check = [*compiler, *flags.split(), "-E", "-x", "c++", os.devnull]
     return flags if subprocess.run(check, capture_output=True).returncode == 0 else ""
 
@@ -146,7 +146,9 @@ def ninja_file(compiler: list[str], nvcc: str | None, objects: Path, target: Pat
             "  description = nvcc $in",
             f"build {escape(fatbin)}: cuda {escape(CUDA_SOURCE)}",
         ]
-    outputs, file_flags = [], FILE_FLAGS | {"product_amx.cpp": amx_flags(compiler)}
+    outputs, file_flags = [], dict(FILE_FLAGS)
+    file_flags["product_amx.cpp"] = tile_flags(compiler, "-mamx-tile -mamx-bf16")
+    file_flags["product_bf16.cpp"] = tile_flags(compiler, "-mavx512bf16")
     for source in sorted(CSRC.glob("*.cpp")):
         outputs.append(escape(objects / (source.name + ".o")))
         flags, also = file_flags.get(source.name, ""), ""

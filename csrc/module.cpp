@@ -66,14 +66,14 @@ const std::vector<Variant>& variants() {
 #define FASTPROMPT_MULTIPLIER(isa) \
   { #isa, arrange_##isa, multiply_##isa, false }
 
-// Of 4-bit products: AMX, and then those of the variants.
+// Of 4-bit products: by tiles, and then those of the variants.
 std::vector<Multiplier> find_multipliers() {
   std::vector<Multiplier> found;
 #if defined(__x86_64__)
   for (const auto& v : variants()) {
     if (v.decode == decode_avx512) {
-      const Multiplier amx = find_amx();
-      if (amx.name) found.push_back(amx);
+      for (const Multiplier& tiles : {find_amx(), find_bf16()})
+        if (tiles.name) found.push_back(tiles);
       found.push_back(FASTPROMPT_MULTIPLIER(avx512));
     }
     if (v.decode == decode_avx2) found.push_back(FASTPROMPT_MULTIPLIER(avx2));
@@ -170,7 +170,7 @@ void product(uintptr_t packed, uintptr_t code, uintptr_t absmax, uintptr_t code2
   p.rows = rows, p.columns = columns, p.tokens = tokens, p.in_row = in_row;
   p.dtype = static_cast<Dtype>(dtype), p.backward = backward;
 
-  const bool tiles = task.multiplier.amx;
+  const bool tiles = task.multiplier.tiles;
   const int64_t tile = tiles ? Product::kSide : Product::kTile;
   const std::unique_ptr<float[], void (*)(void*)> factors(lines(p.room(tiles)), free);
   const std::unique_ptr<float[], void (*)(void*)> sums(lines(tiles ? p.sums_room() : 0), free);

@@ -5,7 +5,8 @@
 //
 // For a few tokens both are bound by reading the weight, and 4 bits are read faster than 16. Sums
 // are float32, in an order that no number of threads changes. Vectors (product_blocks.h) multiply
-// weights that were not rounded; AMX (product_amx.cpp) takes bfloat16 alone, and rounds them to it.
+// weights that were not rounded; tiles (product_tiles.h) take
+// bfloat16 alone, and round them to it.
 #pragma once
 
 #include "decode.h"
@@ -18,7 +19,7 @@ struct Product {
   const void* bias;  // [rows], or null; forward alone
   void* out;         // y or dx, contiguous
   float* factors;    // the tokens in the order in which they are multiplied
-  float* sums;       // AMX: y or dx before rounding
+  float* sums;       // by tiles: y or dx before rounding
   int64_t rows, columns, tokens, in_row;
   Dtype dtype;  // of in, bias and out
   bool backward;
@@ -34,14 +35,14 @@ struct Product {
     return tokens - last + (last > 4 ? 8 : last > 2 ? 4 : last);
   }
 
-  // AMX multiplies tiles of 16 rows (or tokens) by 32 of what is summed over, to 16 by 16. A part
+  // Tiles are of 16 rows (or tokens) by 32 of what is summed over, to 16 by 16. A part
   // is whole panels: what is decoded at once.
   static constexpr int64_t kSide = 16, kDepth = 32;
   int64_t panel() const { return backward ? 256 : 32; }
   int64_t depth() const { return ((backward ? rows : columns) + kDepth - 1) / kDepth; }
   int64_t token_tiles() const { return (tokens + kSide - 1) / kSide; }
-  int64_t room(bool amx) const {  // floats of the factors
-    if (amx) return token_tiles() * depth() * kSide * kDepth / 2;
+  int64_t room(bool tiles) const {  // floats of the factors
+    if (tiles) return token_tiles() * depth() * kSide * kDepth / 2;
     return padded_tokens() * (backward ? rows : padded_columns());
   }
   int64_t sums_room() const {
@@ -53,7 +54,7 @@ struct Product {
 // Puts a tile of tokens among the factors.
 using ArrangeTile = void (*)(const Product&, int64_t tile);
 // Works out a part: rows [first, last) of y, or columns [first, last) of dx; first is a multiple of
-// kGroup in dx, of panel() with AMX.
+// kGroup in dx, of panel() by tiles.
 using MultiplyPart = void (*)(const Product&, int64_t first, int64_t last);
 
 #define FASTPROMPT_VARIANT(isa)                \
@@ -69,10 +70,12 @@ struct Multiplier {
   const char* name;  // null: there is none
   ArrangeTile arrange;
   MultiplyPart multiply;
-  bool amx;
+  bool tiles;
 };
 
-// AMX, where compiler, system and machine have it. To be asked on machines with AVX-512 alone.
+// AMX, and AVX-512's bfloat16, where compiler, system and machine have them. To be asked on machines
+// with AVX-512 alone.
 Multiplier find_amx();
+Multiplier find_bf16();
 
 }  // namespace fastprompt

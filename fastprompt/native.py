@@ -93,8 +93,11 @@ def variants() -> tuple[str, ...]:
     return tuple(_numbers("variants"))
 
 
+TILES = ("amx", "avx512_bf16")  # of bfloat16 alone
+
+
 def multipliers() -> tuple[str, ...]:
-    """What `product_4bit` runs on here, the best first: "amx" (bfloat16 alone) and `variants()`."""
+    """What `product_4bit` runs on here, the best first: those of `TILES`, and `variants()`."""
     return tuple(_numbers("multipliers"))
 
 
@@ -231,7 +234,7 @@ def product_4bit(
 
     Returns:
         [tokens, rows], backward [tokens, columns], in the dtype of x: sums in float32, rounded
-        once, of weights that were not rounded (by "amx": to bfloat16). Raises as `decode_4bit`.
+        once, of weights that were not rounded (by `TILES`: to bfloat16). Raises as `decode_4bit`.
     """
     module, index = _module(multiplier, "multipliers")
     if not multiplies_4bit(rows, columns, blocksize):
@@ -246,10 +249,11 @@ def product_4bit(
         raise ValueError(f"x: want {want}, got {got} on {x.device}")
     if x.stride(1) != 1 and width > 1 and len(x):
         raise ValueError(f"x: want a contiguous last axis, got strides {x.stride()}")
-    if index == _numbers("multipliers").get("amx") and x.dtype != torch.bfloat16:
-        if multiplier:
-            raise ValueError(f"x: want torch.bfloat16 for amx, got {x.dtype}")
-        index += 1
+    if x.dtype != torch.bfloat16:
+        if multiplier in TILES:
+            raise ValueError(f"x: want torch.bfloat16 for {multiplier}, got {x.dtype}")
+        numbers = _numbers("multipliers")
+        index = next(i for name, i in numbers.items() if i >= index and name not in TILES)
     if backward and bias is not None:
         raise ValueError("bias: want none backward")
     weight = _weight(rows * columns, packed, code, absmax, blocksize, nested)

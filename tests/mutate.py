@@ -55,7 +55,9 @@ FILES = {  # file -> what selects its tests
     "csrc/rotation_blocks.h": "(avx512 or avx2 or neon) and not norm and not activations",
     "csrc/rows.h": "avx512 or avx2 or neon",
     "csrc/product_blocks.h": "avx512 or avx2 or neon",
+    "csrc/product_panels.h": "avx512_bf16",
     "csrc/product_amx.cpp": "amx",
+    "csrc/product_bf16.cpp": "avx512_bf16",
 }
 OWN_TESTS = {  # of those that TESTS are not about
     OPS + "norms_triton.py": "tests/test_norms.py",
@@ -73,7 +75,9 @@ OWN_TESTS = {  # of those that TESTS are not about
     "csrc/rotation_blocks.h": "tests/test_native_elementwise.py",
     "csrc/rows.h": "tests/test_native_elementwise.py",
     "csrc/product_blocks.h": "tests/test_native_product.py",
+    "csrc/product_panels.h": "tests/test_native_product.py",
     "csrc/product_amx.cpp": "tests/test_native_product.py",
+    "csrc/product_bf16.cpp": "tests/test_native_product.py",
 }
 ELEMENTWISE = ("norms", "activations", "rotation", "rows")  # what csrc/elementwise_*.cpp include
 SWAPS = {
@@ -134,6 +138,7 @@ def cpp_commands(file: str) -> tuple[str, str, str]:
     lines = subprocess.check_output(listed, text=True).splitlines()
     unit = Path(file).stem.partition("_")[0]
     unit = "elementwise" if unit in ELEMENTWISE else unit
+    isa = "bf16" if file.endswith("panels.h") else isa
     source = f"{unit}_{isa}.cpp" if file.endswith(".h") else Path(file).name
     compiling = next(line for line in lines if line.endswith(f"{source}.o"))
     return compiling.replace(" -O3 ", " -O1 "), compiling.split()[-1], lines[-1]

@@ -91,7 +91,7 @@ def test_what_was_asked_for_is_no_warning(monkeypatch):
 def test_the_best_instruction_set_allowed(monkeypatch):
     module = SimpleNamespace(
         variants=lambda: ["avx512", "avx2", "portable"],
-        multipliers=lambda: ["amx", "avx512", "avx2", "portable"],
+        multipliers=lambda: ["amx", "avx512_bf16", "avx512", "avx2", "portable"],
     )
     monkeypatch.setattr(native, "_load", lambda: (module, None))
     monkeypatch.setattr(native, "_numbers", native._numbers.__wrapped__)
@@ -99,7 +99,7 @@ def test_the_best_instruction_set_allowed(monkeypatch):
     monkeypatch.setenv("FASTPROMPT_ISA", "avx2")
     assert native.variants() == native.multipliers() == ("avx2", "portable")
     assert native._module(None) == (module, 1) and native._module("portable") == (module, 2)
-    assert native._module(None, "multipliers") == (module, 2)
+    assert native._module(None, "multipliers") == (module, 3)
     assert native_elementwise._module(None) == (module, "avx2")
     with pytest.raises(ValueError, match=r"variant: want one of \('avx2', 'portable'\), got 'avx5"):
         native._module("avx512")

@@ -33,7 +33,7 @@ def drawn(tokens, width, dtype, seed=0, stride=0):
 
 def check(multiplier, dtype, rows, blocks, blocksize, blocksize2, tokens, backward, biased, seed=0):
     """Under the one rule of accuracy."""
-    if multiplier == "amx":
+    if multiplier in native.TILES:
         dtype = torch.bfloat16
     columns = blocks * blocksize
     packed, code, absmax, nested = make(rows * columns, blocksize, blocksize2, seed)
@@ -140,13 +140,17 @@ def test_refusals(change, said):
         native.product_4bit(**{**args, "absmax": absmax, "blocksize": 64, **change})
 
 
-@pytest.mark.skipif("amx" not in MULTIPLIERS, reason="needs AMX")
-def test_amx_takes_bfloat16_alone():
+@pytest.mark.parametrize("multiplier", native.TILES)
+def test_tiles_take_bfloat16_alone(multiplier):
+    if multiplier not in MULTIPLIERS:
+        pytest.skip(f"no {multiplier} here")
     packed, code, absmax, _ = make(4 * 128, 64)
     weight = (4, 128, packed, code, absmax, 64)
-    with pytest.raises(ValueError, match=r"x: want torch\.bfloat16 for amx, got torch\.float32"):
-        native.product_4bit(torch.ones(2, 128), *weight, multiplier="amx")
-    next_best = native.product_4bit(torch.ones(2, 128), *weight, multiplier=MULTIPLIERS[1])
+    said = rf"x: want torch\.bfloat16 for {multiplier}, got torch\.float32"
+    with pytest.raises(ValueError, match=said):
+        native.product_4bit(torch.ones(2, 128), *weight, multiplier=multiplier)
+    first = next(name for name in MULTIPLIERS if name not in native.TILES)
+    next_best = native.product_4bit(torch.ones(2, 128), *weight, multiplier=first)
     assert torch.equal(native.product_4bit(torch.ones(2, 128), *weight), next_best)
 
 

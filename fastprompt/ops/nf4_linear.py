@@ -6,8 +6,8 @@
 W is decoded into scratch memory that all weights share, so that neither a second copy of the
 weights nor anything for backward is ever kept. On the CPU csrc/ decodes (or torch, without it), on
 CUDA Triton; the product is torch's own. Where FUSED says so, csrc/ multiplies on the CPU straight
-from the 4 bits: in float32 with weights that are not rounded, or by AMX in bfloat16. On a GPU it
-does so for few tokens (`nf4_linear_cuda`).
+from the 4 bits: in float32 with weights that are not rounded, or by tiles of bfloat16 (AMX,
+AVX-512). On a GPU it does so for few tokens (`nf4_linear_cuda`).
 """
 
 from collections.abc import Iterator
@@ -52,9 +52,11 @@ def decoded(*weights: Packed, dtype: torch.dtype) -> Iterator[Tensor]:
 _EVERY, _HALVES = (torch.float32, torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16)
 # Numbers of tokens, forward and backward, that csrc/ multiplies sooner than it decodes for torch's
 # product; the first row that fits is taken. Measured with a nested 4096 x 4096 weight on one thread
-# of a Xeon with AMX, where torch's bfloat16 product is at its best (benchmarks/README.md).
+# of a Xeon with AMX, where torch's bfloat16 product is at its best; "avx512_bf16" on two of an AMD
+# EPYC (benchmarks/README.md).
 FUSED = (
     ("amx", (torch.bfloat16,), range(5, 257), range(9, 257)),
+    ("avx512_bf16", (torch.bfloat16,), range(5, 113), range(16, 81)),
     ("avx512", (torch.float32,), range(1, 41), range(1, 41)),
     ("avx512", _HALVES, range(1, 17), range(1, 17)),
     ("avx2", (torch.float32,), range(1, 25), range(1, 25)),
