@@ -1,4 +1,4 @@
-"""`benchmarks.field`: lines are counted right, everybody is run, and what is broken is found out."""
+"""`benchmarks.field`: lines are counted right, everybody is run, what is broken is found."""
 
 import json
 from types import SimpleNamespace

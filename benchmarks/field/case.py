@@ -93,7 +93,7 @@ def verdict(
     """What a probe says of `results`."""
     missing = truth.keys() - got.keys()
     if missing:
-        return f"wrong: {len(missing)} of {len(truth) - 1} parameters get no gradient"
+        return f"wrong: {when}{len(missing)} parameters get no gradient"
     found = judge(got, truth, limits, torch.float32)
     if found.right:
         return WORKS

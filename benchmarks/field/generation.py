@@ -14,27 +14,32 @@ PADDING = 4
 
 
 def generate(case: Case) -> str:
-    """With a cache; where that fails, it also says what comes without."""
-    found = said(lambda: _generate(case))
-    if found == WORKS:
-        return found
-    return f"{found} (use_cache=False: {said(lambda: _generate(case, use_cache=False))})"
-
-
-def static_cache(case: Case) -> str:
-    return _generate(case, cache_implementation="static")
+    """Two whole rows."""
+    N = case.batch["input_ids"].shape[1]
+    return _with_or_without_cache(case, [N, N])
 
 
 def left_padding(case: Case) -> str:
     """A row that is padded on the left goes on as it does alone."""
     N = case.batch["input_ids"].shape[1]
-    return _generate(case, lengths=[N, N - PADDING])
+    return _with_or_without_cache(case, [N, N - PADDING])
 
 
-def _generate(case: Case, lengths: Sequence[int] = (), **options) -> str:
-    ids = case.batch["input_ids"][:2]
-    lengths = lengths or [ids.shape[1]] * 2
-    return greedy(case.model().eval(), ids, lengths, **options)
+def static_cache(case: Case) -> str:
+    N = case.batch["input_ids"].shape[1]
+    return _generate(case, [N, N], cache_implementation="static")
+
+
+def _with_or_without_cache(case: Case, lengths: Sequence[int]) -> str:
+    """With a cache; where that fails, it also says what comes without."""
+    found = said(lambda: _generate(case, lengths))
+    if found == WORKS:
+        return found
+    return f"{found} (use_cache=False: {said(lambda: _generate(case, lengths, use_cache=False))})"
+
+
+def _generate(case: Case, lengths: Sequence[int], **options) -> str:
+    return greedy(case.model().eval(), case.batch["input_ids"][:2], lengths, **options)
 
 
 @torch.no_grad()

@@ -63,16 +63,20 @@ def four_bit(case: Case, rate: float) -> str:
     with tempfile.TemporaryDirectory() as folder:
         decode(case.task.model, Path(folder))
         truth, limits = case.truth(folder)
-    model = case.model(four_bit=True)
+    model, logits = case.model(four_bit=True), {"logits": truth.pop("logits")}
+    wrong = []
     for when in ("", "after an evaluation "):  # `results` ends in one
-        found = verdict(results(model, case.batch), truth, limits, when)
-        if found != WORKS:
-            return found
+        got = results(model, case.batch)
+        wrong.append(verdict(got, truth, limits, when))
+    wrong.append(verdict(got, logits, limits))
     torch.manual_seed(0)
     model = case.module.tune(load_model(case.task.model, True, torch.float32), case.task.start)
     losses = train(model, (case.task.batches * FOUR_BIT_STEPS)[:FOUR_BIT_STEPS], rate, rate).losses
     first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
-    return WORKS if last < first else f"wrong: the loss went from {first:.2f} to {last:.2f}"
+    if not last < first:
+        wrong.append(f"wrong: the loss went from {first:.2f} to {last:.2f}")
+    said = [word.removeprefix("wrong: ") for word in wrong if word != WORKS]
+    return f"wrong: {', '.join(said)}" if said else WORKS
 
 
 def decode(folder: str, to: Path) -> None:

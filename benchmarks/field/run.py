@@ -102,6 +102,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     contender = CONTENDERS[given.contender]
     try:
         task = Task.load(given.task)

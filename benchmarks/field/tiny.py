@@ -41,7 +41,8 @@ def prepare(folder: Path, steps: int, taught: int = TAUGHT) -> Task:
     batches = [_task_rows(generator) for _ in range(steps)]
     watched = [_task_rows(generator) for _ in range(2)]
     exam = [_task_rows(generator) for _ in range(16)]
-    return Task("tiny", str(folder / "tiny"), False, batches, watched, exam)
+    start = dict(input_ids=watched[0]["input_ids"][0])
+    return Task("tiny", str(folder / "tiny"), False, batches, watched, exam, start=start)
 
 
 def _taught_model(steps: int) -> LlamaForCausalLM:

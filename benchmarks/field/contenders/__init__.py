@@ -47,6 +47,13 @@ CONTENDERS = {
         Contender("peft_prompt", "PEFT, prompt tuning", needs="peft"),
         Contender("peft_lora", "PEFT, LoRA", needs="peft"),
         Contender("adapters_prefix", "adapters, prefix tuning", needs="adapters", apart=True),
+        Contender(
+            "adapters_eager",
+            "adapters, prefix tuning, eager attention",
+            ("", ", in the language model"),
+            needs="adapters",
+            apart=True,
+        ),
         Contender("concatenation", "literal concatenation by hand", ("", ", M²PT")),
         Contender("fastprompt_prefix", "fastprompt, prefix tuning"),
         Contender("fastprompt_deep", "fastprompt", (", deep prompts", ", M²PT")),

@@ -63,9 +63,9 @@ def save(model, folder):
 def load(model, folder):
     trained = torch.load(f"{folder}/trained.pt")
     float32_projector(model)
-    for name in trained:
+    for name, rows in trained.items():
         if name.endswith(".rows"):
-            add_rows(model.get_submodule(name.removesuffix(".rows")), trained[name])
+            add_rows(model.get_submodule(name.removesuffix(".rows")), rows)
     model.load_state_dict(trained, strict=False)
     rotary = model.model.language_model.rotary_emb
     rotary.forward = partial(rotate_rows, rotary)

@@ -1,7 +1,7 @@
 """Literal concatenation by hand, for one model: 10 rows before every block, cut off behind it.
 
-What the code of VPT and M²PT does, at its shortest. (fastprompt/concatenation.py does it for all
-families.) It knows of no cache.
+What the code of VPT and M²PT does, at its shortest, with rows that begin as fastprompt's `prefill`
+begins them. (fastprompt/concatenation.py does it for all families.) It knows of no cache.
 """
 
 from functools import partial
@@ -13,11 +13,17 @@ from torch import nn
 
 def tune(model, start):
     model.requires_grad_(False)
-    for layer in model.model.layers:
-        layer.rows = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 10, layer.hidden_size)))
-        layer.forward = partial(write_rows, layer)
+    with torch.no_grad():
+        read = model.model(start["input_ids"][None], output_hidden_states=True)
+    for layer, states in zip(model.model.layers, read.hidden_states, strict=False):
+        add_rows(layer, states[0, :10])
     model.model.rotary_emb.forward = partial(rotate_rows, model.model.rotary_emb)
     return model
+
+
+def add_rows(layer, rows):
+    layer.rows = nn.Parameter(0.1 * rows / rows.square().mean(-1, keepdim=True).sqrt())
+    layer.forward = partial(write_rows, layer)
 
 
 def write_rows(layer, hidden_states, attention_mask=None, **kwargs):
@@ -40,6 +46,9 @@ def save(model, folder):
 
 
 def load(model, folder):
-    model = tune(model, None)
-    model.load_state_dict(torch.load(f"{folder}/rows.pt"), strict=False)
+    trained = torch.load(f"{folder}/rows.pt")
+    for name, rows in trained.items():
+        add_rows(model.get_submodule(name.removesuffix(".rows")), rows)
+    model.load_state_dict(trained, strict=False)
+    model.model.rotary_emb.forward = partial(rotate_rows, model.model.rotary_emb)
     return model

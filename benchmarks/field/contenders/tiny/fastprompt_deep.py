@@ -1,11 +1,12 @@
-"""fastprompt's deep prompts: 10 rows before every block, as literal concatenation computes them."""
+"""fastprompt's deep prompts, which begin as a text; what literal concatenation computes."""
 
 import fastprompt
 from fastprompt.methods import DeepPrompts
 
 
 def tune(model, start):
-    fastprompt.patch(model, DeepPrompts(text=10))
+    patch = fastprompt.patch(model, DeepPrompts(text=10))
+    fastprompt.prefill(patch, start["input_ids"])
     return model
 
 
