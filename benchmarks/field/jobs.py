@@ -1,4 +1,4 @@
-"""The parent's side: a row's jobs, each in a process of its own."""
+"""The parent's side: a row's jobs, each in a process of its own (``--quick``: all in one)."""
 
 import argparse
 import importlib.util
@@ -22,7 +22,7 @@ def row(
 
     Args:
         task: a file of `tasks.Task`, of so many ``steps``.
-        given: the command line's ``rates``, ``rate_steps``, ``threads``, ``adapters``.
+        given: the command line's ``rates``, ``rate_steps``, ``threads``, ``adapters``, ``quick``.
     """
     found = dict(
         contender=contender.name,
@@ -33,11 +33,12 @@ def row(
     absent = _absent(contender, given.adapters)
     if absent:
         return found | dict(status="not measured", reason=absent)
-    looking = given.rate_steps or -(-steps // 4)
-    found |= _job("rates", contender, task, given, given.rates, looking)
-    for job in ("train", "probes") if model == "tiny" else ("train",):
+    jobs, rates = ["rates", "train", *["probes"] * (model == "tiny")], given.rates
+    for some in [jobs] if given.quick else [[job] for job in jobs]:
         if "error" not in found:
-            found |= _job(job, contender, task, given, [found["rate"]])
+            looking = given.rate_steps or -(-steps // 4)
+            found |= _run(some, contender, task, given, rates, looking)
+            rates = [found["rate"]] if "rate" in found else rates
     if "error" in found:
         return found | dict(status="error", reason=found["error"])
     return found | dict(status="measured")
@@ -52,16 +53,16 @@ def _absent(contender: Contender, apart: str | None) -> str:
     return "" if here else f"{contender.needs} is not installed"
 
 
-def _job(
-    job: str,
+def _run(
+    jobs: list[str],
     contender: Contender,
     task: Path,
     given: argparse.Namespace,
     rates: Iterable[float],
-    looking: int = 0,
+    looking: int,
 ) -> dict:
     """What `run` prints; {"error": …} of a process that died."""
-    command = [sys.executable, "-m", "benchmarks.field.run", job, contender.name, str(task)]
+    command = [sys.executable, "-m", "benchmarks.field.run", contender.name, str(task), *jobs]
     command += ["--rates", *map(str, rates), "--rate-steps", str(looking)]
     command += ["--threads", str(given.threads)]
     path = [given.adapters] if contender.apart else []

@@ -1,6 +1,6 @@
-"""One contender on one task, in a process of its own: ``python -m benchmarks.field.run JOB``.
+"""One contender on one task: ``python -m benchmarks.field.run CONTENDER TASK JOB``.
 
-The jobs, each a process, since peak memory counts from what was loaded last:
+The jobs, each in a process of its own where it is to be measured:
 
     rates   each learning rate for some steps on fresh models: loss on watched rows; and the exam
             before training
@@ -93,9 +93,9 @@ JOBS = dict(rates=rates, train=measure, probes=probe)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", choices=JOBS)
     parser.add_argument("contender", choices=CONTENDERS)
     parser.add_argument("task", help="a file of tasks.Task")
+    parser.add_argument("jobs", nargs="+", choices=JOBS)
     parser.add_argument("--rates", type=float, nargs="+", required=True)
     parser.add_argument("--rate-steps", type=int, default=0)
     parser.add_argument("--threads", type=int, required=True)
@@ -106,7 +106,9 @@ def main() -> None:
     contender = CONTENDERS[given.contender]
     try:
         task = Task.load(given.task)
-        found = JOBS[given.job](contender, task, given)
+        found = {}
+        for job in given.jobs:
+            found |= JOBS[job](contender, task, given)
     except Exception as error:  # of anyone's code: the row says it
         traceback.print_exc()
         found = dict(error=in_a_line(error))

@@ -17,10 +17,8 @@ def tune(model, start):
 
 
 def float32_projector(model):
-    projector = model.model.multi_modal_projector.float()
-    projector.register_forward_pre_hook(lambda module, args: args[0].float())
-    projector.register_forward_hook(lambda module, args, out: out.bfloat16())
-    return projector
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    return model.model.multi_modal_projector.float()
 
 
 def save(model, folder):

@@ -27,6 +27,6 @@ def save(model, folder):
 
 
 def load(model, folder):
-    float32_projector(model).load_state_dict(torch.load(f"{folder}/projector.pt"))
     fastprompt.load(model, folder)
+    float32_projector(model).load_state_dict(torch.load(f"{folder}/projector.pt"))
     return model
