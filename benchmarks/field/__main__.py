@@ -1,8 +1,7 @@
 """Run the comparison, each contender on each model in processes of its own.
 
-Prints two Markdown tables and what every probe said. ``adapters`` wants a folder of its own, since
-it wants transformers 4: ``pip install --target DIR adapters==1.3.0 transformers==4.57.6``, without
-its torch.
+Prints a Markdown table a model, and what every probe said that does not work. `adapters` wants
+transformers 4, so a folder of its own (--adapters): benchmarks/README.md says how to fill it.
 """
 
 import argparse

@@ -22,11 +22,12 @@ def float32_projector(model):
 
 
 def save(model, folder):
-    fastprompt.save(model, folder)
-    torch.save(model.model.multi_modal_projector.state_dict(), f"{folder}/projector.pt")
+    projector = model.model.multi_modal_projector.requires_grad_(False)
+    fastprompt.save(model, folder)  # which takes what is frozen for the base model's
+    torch.save(projector.state_dict(), f"{folder}/projector.pt")
 
 
 def load(model, folder):
-    fastprompt.load(model, folder)
     float32_projector(model).load_state_dict(torch.load(f"{folder}/projector.pt"))
+    fastprompt.load(model, folder)
     return model
