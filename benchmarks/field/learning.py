@@ -84,7 +84,7 @@ def scores(task: Task, right: list[bool]) -> dict[str, float]:
     found = dict(accuracy=fmean(right))
     if task.families:
         by_family = defaultdict(list)
-        for family, is_right in zip(task.families, right, strict=False):
+        for family, is_right in zip(task.families, right, strict=True):
             by_family[family].append(is_right)
         found["macro"] = fmean(map(fmean, by_family.values()))
     return found
