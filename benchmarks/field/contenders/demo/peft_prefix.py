@@ -1,0 +1,33 @@
+"""PEFT's prefix tuning of the language model; keys and values begin as a sentence's."""
+
+import torch
+from peft import PeftModel, PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_text
+from transformers import AutoTokenizer
+
+
+def tune(model, start):
+    projector = float32_projector(model)
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10)
+    model = get_peft_model(model, config)
+    projector.requires_grad_(True)
+    tokenizer = AutoTokenizer.from_pretrained(start["tokenizer"])
+    initialize_kv_prefix_from_text(model, tokenizer, text=start["text"], use_chat_template=False)
+    return model
+
+
+def float32_projector(model):
+    projector = model.model.multi_modal_projector.float()
+    projector.register_forward_pre_hook(lambda module, args: args[0].float())
+    projector.register_forward_hook(lambda module, args, out: out.bfloat16())
+    return projector
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    projector = model.base_model.model.multi_modal_projector
+    torch.save(projector.state_dict(), f"{folder}/projector.pt")
+
+
+def load(model, folder):
+    float32_projector(model).load_state_dict(torch.load(f"{folder}/projector.pt"))
+    return PeftModel.from_pretrained(model, folder)

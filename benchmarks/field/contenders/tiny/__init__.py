@@ -1,0 +1,1 @@
+"""What users write to tune a language model."""
