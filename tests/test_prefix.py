@@ -277,3 +277,27 @@ def test_refusals():
         fastprompt.prefill(patch, torch.arange(6, 20))
     with pytest.raises(ValueError, match="want a text of 4 tokens or more for the text prompts"):
         fastprompt.prefill(fastprompt.patch(tiny.build("llama"), PrefixTuning(P)), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda on: PrefixTuning(3, train_projector=on), lambda on: DeepPrompts(0, 3, True, on)]
+)
+def test_a_projector_that_trains_too(make, tmp_path):
+    model = tiny.build("llava")
+    patch = fastprompt.patch(model, make(True))
+    projector = {n for n in patch.trainable if "multi_modal_projector" in n}
+    assert len(projector) == 4 and len(patch.trainable) > 4
+    given = tiny.inputs("llava")
+    model.train()(**given, labels=given["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in patch.trainable.values())
+    with torch.no_grad():
+        for p in patch.trainable.values():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    fastprompt.save(model, tmp_path)
+    fresh = tiny.build("llava")
+    fastprompt.load(fresh, tmp_path)
+    torch.testing.assert_close(fresh(**given).logits, model.eval()(**given).logits)
+    off = fastprompt.patch(tiny.build("llava"), make(False))
+    assert not any("multi_modal_projector" in n for n in off.trainable)
+    with pytest.raises(ValueError, match="want a vision-language model, whose projector trains"):
+        fastprompt.patch(tiny.build("llama"), make(True))

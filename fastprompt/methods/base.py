@@ -246,6 +246,15 @@ def chosen_layers(layers: str, count: int, kind: str = "") -> list[int]:
     return chosen
 
 
+def check_projector(method: Method, anatomy: Anatomy) -> None:
+    """Raise a ValueError if its projector is to train and there is none."""
+    if "projector" in method.trains() and "projector" not in anatomy.parts:
+        raise ValueError(
+            f"{type(method).__name__}: want a vision-language model, whose projector trains; got "
+            f"{anatomy.family}"
+        )
+
+
 @dataclass(frozen=True)
 class DeepPrompts(DeepMethod):
     """Prompts before every block of each tower named, and nothing else but a task head.
@@ -255,15 +264,21 @@ class DeepPrompts(DeepMethod):
     Args:
         vision, text: prompt rows per block of that tower; 0 leaves it alone.
         train_head: train a classification head (``classifier``, ``score``) if the model has one.
+        train_projector: train a vision-language model's projector.
         layers, init, dropout, and lengths by block: see `DeepMethod`.
     """
 
     vision: Lengths = 0
     text: Lengths = 0
     train_head: bool = True
+    train_projector: bool = False
 
     def asked(self) -> dict[str, Lengths]:
         return {VISION: self.vision, TEXT: self.text}
 
     def trains(self) -> tuple[str, ...]:
-        return ("head",) if self.train_head else ()
+        return ("head",) * self.train_head + ("projector",) * self.train_projector
+
+    def check(self, anatomy: Anatomy) -> None:
+        check_projector(self, anatomy)
+        super().check(anatomy)

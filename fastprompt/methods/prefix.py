@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprompt.families import TEXT, Anatomy, Block, Tower
-from fastprompt.methods.base import DeepMethod, Method, Prompted
+from fastprompt.methods.base import DeepMethod, Method, Prompted, check_projector
 from fastprompt.methods.lengths import Lengths
 from fastprompt.methods.pool import whole
 from fastprompt.prompts import BlockPrompt, KeyValues
@@ -39,6 +39,7 @@ class PrefixTuning(DeepMethod):
             and values alone. Trainer's checkpoints keep it, to go on from.
         position_offset: added to learned positions (GPT-2's, OPT's): P for prefixes that were
             trained by code which lets the tokens count on from the prefix, as PEFT does.
+        train_projector: train a vision-language model's projector, too.
         layers, dropout, and lengths by block: see `DeepMethod`.
     """
 
@@ -46,12 +47,13 @@ class PrefixTuning(DeepMethod):
     init: str = field(default="normal", compare=False, kw_only=True)
     mlp: int = field(default=0, kw_only=True)
     position_offset: int = field(default=0, kw_only=True)
+    train_projector: bool = field(default=False, kw_only=True)
 
     def asked(self) -> dict[str, Lengths]:
         return {TEXT: self.num_tokens}
 
     def trains(self) -> tuple[str, ...]:
-        return ()
+        return ("projector",) * self.train_projector
 
     def row(self, block: Block) -> Tensor:
         return super().row(block).new_empty(2, *block.kv_heads)
@@ -94,6 +96,7 @@ class PrefixTuning(DeepMethod):
     def check(self, anatomy: Anatomy) -> None:
         if not isinstance(self.mlp, int) or isinstance(self.mlp, bool) or self.mlp < 0:
             raise ValueError(f"PrefixTuning.mlp: want a width of 0 or more, got {self.mlp!r}")
+        check_projector(self, anatomy)
         whole("PrefixTuning.position_offset", self.position_offset, 0)
         tower = anatomy.tower(TEXT)
         if self.position_offset and (tower is None or tower.counts is None):
