@@ -52,6 +52,7 @@ def save(
     if done.baked:
         raise ValueError("save: want prompts as they were trained, got baked ones; save before")
     done._check_outside("save")
+    shards.reshard(done.model)
     method = done.method.folded() if fold else done.method
     found = _folded(done) if method != done.method else done.trainable
     given = done._not_of_base()
@@ -106,6 +107,7 @@ def load(model: nn.Module, folder: str | Path) -> Patch:
     from_here = ATTRIBUTE not in vars(model)
     done = patch(model, method) if from_here else patch_of(model)
     done._check_outside("load")
+    shards.reshard(done.model)
     try:
         _check(path, card, tensors, done, method)
     except BaseException:

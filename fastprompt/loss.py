@@ -90,6 +90,9 @@ class FusedLoss:
             return "lm_head was replaced"
         if not isinstance(own, Head) or own.loss is not self:
             return "lm_head's forward was replaced"
+        wrapped = placement.why_wrapped(head)
+        if wrapped is not None:
+            return f"lm_head {wrapped}"
         if vars(self.model).get(_SLOT) is not self:
             return "the model's loss_function was replaced"
         if hooked(head):
@@ -227,11 +230,11 @@ def _unknown(model: nn.Module, head: nn.Module) -> str | None:
         return "the model soft-caps its logits"
     if any(p.requires_grad for p in head.parameters()):
         return "lm_head trains"
-    if is_adopted(head):
-        return None
     wrapped = placement.why_wrapped(head)
     if wrapped is not None:
         return f"lm_head {wrapped}"
+    if is_adopted(head):
+        return None
     if placement.stands_in(head) is not None:
         return "lm_head's forward was replaced"
     return None if type(head) is nn.Linear else f"lm_head is a {type(head).__name__}"

@@ -10,7 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from fastprompt import adapters, families, placement, reporting, tapping, undoing, without
+from fastprompt import (
+    adapters,
+    families,
+    placement,
+    reporting,
+    shards,
+    tapping,
+    undoing,
+    without,
+)
 from fastprompt.blocks import fp8
 from fastprompt.blocks.frozen import Frozen
 from fastprompt.blocks.memory import CHOICES as MEMORIES
@@ -22,6 +31,7 @@ from fastprompt.ops.options import BACKENDS
 from fastprompt.pools import Pool
 from fastprompt.prompts import CHILD, Prompt
 from fastprompt.sets.of_patch import WithSets
+from fastprompt.share import is_4bit
 from fastprompt.steps import apply
 
 ATTRIBUTE = "_fastprompt_patch"
@@ -215,9 +225,9 @@ class Patch(WithSets):
 
         Raises:
             ValueError: a head that trained was resized since, so that the old one no longer fits
-                the embeddings, or blocks were split (``--shard``); nothing has been changed then.
+                the embeddings, or FSDP2 split weights since; nothing has been changed then.
         """
-        undoing.check_whole(self._undo)
+        undoing.check_whole(self.model)
         resized = undoing.resized(self._undo)
         while self._undo:
             step, what = self._undo.pop()
@@ -339,6 +349,8 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(
             f"want a transformers PreTrainedModel, a timm or open_clip model; got {kind}"
         )
+    if shards.splits(model):
+        raise ValueError(f"{kind}: want it before fully_shard (FSDP2): patch first, then split it")
     inner = next((n for n, m in model.named_modules() if ATTRIBUTE in vars(m)), None)
     if inner is not None:
         raise ValueError(f"{kind}: its part {inner!r} is patched already: undo that patch first")
@@ -353,6 +365,18 @@ def _check_devices(model: nn.Module, anatomy: Anatomy, method: Method, compute: 
     for name in trained:
         if placement.offloaded(model.get_submodule(name)):
             raise ValueError(f"{name or method}: want weights that stay, to train; got offloaded")
+    for away in placement.offloaded(model):
+        if is_4bit(away.module):
+            raise ValueError(
+                "want 4-bit weights on a device, got offloaded ones, of which accelerate brings "
+                "back a part"
+            )
+    devices = {placement.device_of(block.like) for t in anatomy.towers for block in t.blocks}
+    if len(devices) > 1 and type(method).pool is not Method.pool:
+        raise ValueError(
+            f"{method}: want all blocks on one device, where the pool is; got "
+            f"{' and '.join(sorted(map(str, devices)))}"
+        )
     for tower in anatomy.towers:
         for block in tower.blocks:
             device = placement.device_of(block.like)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastprompt import adapters, linear4bit, native, native_cuda
+from fastprompt import adapters, linear4bit, native, native_cuda, placement
 from fastprompt.blocks.fp8 import why_not
 from fastprompt.ops import nf4_linear_cuda
 from fastprompt.ops.prompt_attention import chosen_backend
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Report(str):
-    """Text; what rich prints, and a notebook shows, is a table of it."""
+    """Text; what rich prints is a table of it."""
 
     def __rich__(self) -> Table | Text:
         from rich.table import Table
@@ -178,8 +178,9 @@ def _loss(patch: Patch) -> str:
 def _backend(patch: Patch) -> str:
     if patch.backend != "auto":
         return patch.backend
-    own = next(p for p in patch.anatomy.towers[0].model.parameters() if p.is_floating_point())
-    like = torch.empty(0, dtype=own.dtype, device=own.device)
+    tower = patch.anatomy.towers[0]
+    norm = next(block.like for block in (*tower.blocks, *tower.unread))
+    like = torch.empty(0, dtype=norm.weight.dtype, device=placement.device_of(norm))
     chosen = chosen_backend(like)
     rest = (
         "; what that does not take goes to vendor: float16, float16 masks, additive masks beside "

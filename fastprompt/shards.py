@@ -1,10 +1,29 @@
 """Parameters that FSDP2 has split over processes: made whole, and written into."""
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def splits(model: nn.Module) -> bool:
+    """Whether FSDP2 has split any of its parameters."""
+    return any(_split(model))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the model show its shards: after a forward FSDP2 leaves whole parameters in the place of
+    the outermost ones, to which a write would be lost."""
+    for module in _split(model):
+        module.reshard()
+
+
+def _split(model: nn.Module) -> Iterator[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not there, not used
+    return (m for m in model.modules() if fsdp is not None and isinstance(m, fsdp.FSDPModule))
 
 
 def is_shard(p: Tensor) -> bool:

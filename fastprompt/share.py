@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from fastprompt import families, linear4bit
+from fastprompt import families, linear4bit, placement
 from fastprompt.methods import Method, check, default_for
 from fastprompt.methods.base import new_prompts
 from fastprompt.prompts import row_like
@@ -78,12 +78,22 @@ def share_of(patch: Patch) -> str:
 def count(model: nn.Module) -> int:
     """Numbers in a model, shared ones once; a packed 4-bit weight counts what it decodes to."""
     packed = {id(m.weight): numel(m) for m in model.modules() if is_4bit(m)}
-    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
+    total = sum(packed.get(id(p), p.numel()) for p in model.parameters())
+    if placement.offloaded(model) and hasattr(model, "lm_head") and is_tied(model):
+        first, last = _tables(model)  # offloaded, a shared weight is two
+        total -= first.numel() * (first is not last)
+    return total
 
 
 def is_tied(model: nn.Module) -> bool:
     """Whether the head's weight is the embeddings', too."""
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    first, last = _tables(model)
+    offloaded = first.is_meta and last.is_meta and first.shape == last.shape
+    return first is last or (offloaded and model.config.get_text_config().tie_word_embeddings)
+
+
+def _tables(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    return model.get_input_embeddings().weight, model.get_output_embeddings().weight
 
 
 def is_4bit(module: nn.Module) -> bool:

@@ -31,7 +31,7 @@ def apply(done: Patch) -> None:
     """Do to ``done.model`` all that its method asks; ``done.undo()`` takes back what was done."""
     model, method = done.model, done.method
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    moving = [(m, name, m._parameters[name].requires_grad) for m, name in offloaded(model)]
+    moving = [(m, name, m._parameters[name].requires_grad) for m, name, _ in offloaded(model)]
     done._undo.append(("requires_grad", (model, bool(adapters.configs(model)), flags, moving)))
     of_peft = adapters.trained(model)
     model.requires_grad_(False)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprompt import placement
 from fastprompt.ops import dequantize_4bit
 
 
@@ -28,7 +29,7 @@ def trained_copy(part: nn.Module) -> nn.Module:
     """
     dense = {id(m): _dense(m) for m in part.modules() if _is_low(m)}
     # through deepcopy's memo, so that the rest of the part (hooks, containers) comes along
-    part = copy.deepcopy(part, dense)
+    part = copy.deepcopy(part, dense | {id(x): x for x in placement.shared(part)})
     for p in part.parameters():
         p.requires_grad_(True)
     return part

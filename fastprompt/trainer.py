@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from fastprompt import shards
 from fastprompt.adapters import configs
 from fastprompt.prompts import CHILD
 
@@ -32,12 +33,14 @@ class SaveWhatTrains:
         Every other argument of transformers' ``save_pretrained`` says how to write a backbone,
         which this does not.
         """
-        from fastprompt import checkpoint
+        from fastprompt import checkpoint, patching
 
         if configs(self.model) and vars(self.model).get(_MARK):  # by transformers' add_adapter
             save = type(self.model).save_pretrained
             save(self.model, save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
+        shards.reshard(self.model)
+        split = any(map(shards.is_shard, patching.patch_of(self.model).trainable.values()))
+        if is_main_process or split:  # of shards all processes have to be asked
             checkpoint.save(self.model, save_directory, weights=SAFE_WEIGHTS_NAME, fold=False)
 
 

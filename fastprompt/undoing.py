@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from fastprompt import adapters, attention, hooks, linear4bit, trainer
+from fastprompt import adapters, attention, hooks, linear4bit, placement, shards, trainer
 from fastprompt.blocks.frozen import Frozen
 from fastprompt.called import Called
 from fastprompt.loss import FusedLoss
@@ -15,10 +15,10 @@ from fastprompt.prompts import CHILD
 from fastprompt.tapping import HostMethod, RunIfRead
 
 
-def check_whole(steps: list[tuple[str, Any]]) -> None:
-    """Raises ValueError where weights were split since: no process has the old ones any more."""
-    if any(step == "sharded" for step, _ in steps):
-        raise ValueError("undo: want whole weights, got blocks split by --shard: load them again")
+def check_whole(model: nn.Module) -> None:
+    """Raises ValueError where FSDP2 split weights since: no process has the old ones any more."""
+    if shards.splits(model):
+        raise ValueError("undo: want whole weights, got split ones (FSDP2): load the model again")
 
 
 def resized(steps: list[tuple[str, Any]]) -> list[tuple[PreTrainedConfig, int]]:
@@ -60,7 +60,7 @@ def _restore_flags(
         # PEFT, called since, has frozen all that is not its own
         p.requires_grad_(p.requires_grad if since else requires_grad)
         p.grad = grad
-    for module, name, requires_grad in moving:
+    for module, name, requires_grad in () if since else moving:
         module._parameters[name].requires_grad_(requires_grad)
 
 
@@ -71,7 +71,7 @@ def put_back(what: tuple[nn.Module, str, nn.Module]) -> None:
     by_now = next(new.parameters(), None)  # timm's reset_classifier may have taken it out
     if by_now is not None and next(old.parameters()).device != by_now.device:
         old.to(by_now.device)
-    setattr(parent, child, old.train(new.training))
+    setattr(parent, child, placement.without_hooks(old, new).train(new.training))
 
 
 def remember(steps: list[tuple[str, Any]], model: nn.Module, names: Collection[str]) -> None:

@@ -5,12 +5,16 @@ import json
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from processes import two
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 import fastprompt
 from fastprompt import loading
-from fastprompt.methods import DeepPrompts
+from fastprompt.methods import M2PT, DeepPrompts
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
@@ -120,9 +124,46 @@ def test_two_processes_are_one(job, how, weights):
     numbers = sum(p.numel() for p in patch.trainable.values())
     splits = how == "fsdp"
     assert [f["held"] for f in found] == [numbers / (1 + splits)] * 2
-    assert found[0]["kinds"] == ["DTensor" if splits else "Parameter"]
+    assert [f["kinds"] for f in found] == [["DTensor" if splits else "Parameter"]] * 2
 
     fresh, _ = patched(folder, weights)
     fastprompt.load(fresh, out)
     for name, p in fastprompt.patch_of(fresh).trainable.items():
         torch.testing.assert_close(p, patch.trainable[name], rtol=1e-4, atol=1e-6)
+
+
+def test_what_all_processes_hold_in_the_root(tmp_path):
+    """After a forward FSDP2 leaves it whole: what is written there would be lost."""
+    model, given = tiny.build("llava"), tiny.inputs("llava")
+    patch = fastprompt.patch(model, M2PT(2, 3))
+    fastprompt.save(model, tmp_path / "first")
+    dist.init_process_group("gloo", f"file://{tmp_path}/s", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for tower in patch.anatomy.towers:
+            for block in tower.blocks:
+                fully_shard(block.layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(ValueError, match="want it before fully_shard"):
+            fastprompt.patch(fully_shard(tiny.build("llama"), mesh=mesh))
+
+        def loss():
+            return model.train()(**given, labels=given["input_ids"]).loss
+
+        want = loss().item()
+        with torch.no_grad():
+            for p in patch.trainable.values():
+                p.add_(torch.ones_like(p))
+            model.eval()(**given)
+        fastprompt.load(model, tmp_path / "first")
+        loss().backward()
+        assert loss().item() == pytest.approx(want, rel=1e-6)
+        with torch.no_grad():
+            model.eval()(**given)
+        model.save_pretrained(tmp_path / "second", is_main_process=False)  # all are asked
+        with pytest.raises(ValueError, match="undo: want whole weights, got split ones"):
+            patch.undo()
+    finally:
+        dist.destroy_process_group()
+    first, second = (load_file(f) for f in sorted(tmp_path.rglob("*.safetensors")))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)

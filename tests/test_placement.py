@@ -6,8 +6,10 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import fastprompt
+from fastprompt import loading, share
 from fastprompt.methods import M2PT, VPT, DeepPrompts, FullTuning
 from fastprompt.placement import offloaded
 
@@ -77,7 +79,7 @@ def test_offloaded_weights(name):
     check(got, want)
     assert "is offloaded" in patches[1].report() and "blocks  0 of 3" in patches[1].report()
     places = offloaded(hooked)
-    assert places and all(module._parameters[key].is_meta for module, key in places)
+    assert places and all(away.module._parameters[away.name].is_meta for away in places)
 
 
 def test_generation_with_offloaded_weights():
@@ -93,18 +95,20 @@ def test_generation_with_offloaded_weights():
 @pytest.mark.parametrize("place", [on_cpu, offload])
 @pytest.mark.parametrize("hooked_first", [True, False])
 @pytest.mark.parametrize("hooks_stay", [True, False])
-def test_undo_gives_the_hooked_model_back(place, hooked_first, hooks_stay):
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_undo_gives_the_hooked_model_back(name, place, hooked_first, hooks_stay):
     from accelerate.hooks import remove_hook_from_submodules
 
     if place is offload and not hooked_first:
         pytest.skip("what is offloaded after the patch has hooks that hold its prompts, too")
-    model, given = tiny.build("llama").eval(), tiny.inputs("llama")
+    model, given = tiny.build(name).eval(), tiny.inputs(name)
     want = model(**given)[0]
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     keys = {name: set(vars(m)) for name, m in model.named_modules()}
     if hooked_first:
         place(model)
-    patch = filled(fastprompt.patch(model, METHODS["llama"]))
+    method = M2PT(2, 3, train_projector=place is on_cpu) if name == "llava" else METHODS[name]
+    patch = filled(fastprompt.patch(model, method))
     if not hooked_first:
         place(model)
     assert not torch.equal(model(**given)[0], want)
@@ -112,20 +116,19 @@ def test_undo_gives_the_hooked_model_back(place, hooked_first, hooks_stay):
         remove_hook_from_submodules(model)
         assert place is offload or not torch.equal(model(**given)[0], want)
     patch.undo()
-    if hooks_stay:
+    if hooks_stay or place is on_cpu:  # what was offloaded needs its hooks
         torch.testing.assert_close(model(**given)[0], want, rtol=0, atol=0)
-        remove_hook_from_submodules(model)
+    remove_hook_from_submodules(model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
-    left = {n: set(vars(m)) - keys[n] - {"forward"} for n, m in model.named_modules()}
-    assert not any("_fastprompt" in key for each in left.values() for key in each)
+    accelerates = {"forward", "hf_device_map", "to", "cuda"}  # and hook attributes, which are gone
+    left = {n: set(vars(m)) - keys[n] - accelerates for n, m in model.named_modules()}
+    assert not any(left.values()), left
     for module in model.modules():  # accelerate leaves the class's own there, bound
         own = vars(module).get("forward")
         assert own is None or own.__func__ is type(module).forward
 
 
 def test_weights_on_disk(tmp_path):
-    from transformers import AutoModelForCausalLM
-
     tiny.build("llama").save_pretrained(tmp_path / "model")
     places = {"model.layers.1": "disk"} | dict.fromkeys(
         ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.2"), "cpu"
@@ -147,24 +150,50 @@ def test_weights_on_disk(tmp_path):
     torch.testing.assert_close(fresh(**given).logits, mapped.eval()(**given).logits)
 
 
-def test_a_hook_of_anothers_runs():
-    """A block that skipped it would compute something else."""
-    from accelerate.hooks import ModelHook, add_hook_to_module
+class Double(accelerate.hooks.ModelHook):
+    def post_forward(self, module, output):
+        return 2 * output
 
-    class Double(ModelHook):
-        def post_forward(self, module, output):
-            return 2 * output
 
-    plain, hooked = tiny.build("llama"), tiny.build("llama")
-    hooked.load_state_dict(plain.state_dict())
-    for layer in plain.model.layers:
-        layer.mlp.down_proj.weight.data *= 2
-    for layer in hooked.model.layers:
-        add_hook_to_module(layer.mlp.down_proj, Double())
-    patches = [filled(fastprompt.patch(m, METHODS["llama"])) for m in (plain, hooked)]
-    want, got = (results(m, p, "llama") for m, p in zip((plain, hooked), patches, strict=True))
-    check(got, want)
-    assert "down_proj is hooked by accelerate (Double)" in patches[1].report()
+def loaded(folder, weights):
+    options = dict(quantization_config=loading.four_bit(torch.float32))
+    return AutoModelForCausalLM.from_pretrained(folder, **options if weights == "four_bit" else {})
+
+
+@pytest.mark.parametrize("weights", ["dense", "four_bit"])
+@pytest.mark.parametrize("hooked_first", [True, False])
+@pytest.mark.parametrize("where", ["mlp.down_proj", "input_layernorm", "lm_head"])
+def test_a_hook_of_anothers_runs(tmp_path, where, hooked_first, weights):
+    """A block, or a loss, that skipped it would compute something else."""
+    from accelerate.hooks import add_hook_to_module
+
+    tiny.build("llama").save_pretrained(tmp_path)
+    found = {}
+    for kind in ("plain", "unhooked", "hooked"):
+        model = loaded(tmp_path, weights)
+        inside = [model] if where == "lm_head" else model.model.layers
+        memory = "auto" if kind == "hooked" else "off"
+
+        def hook(model=model, inside=inside, kind=kind):
+            for part in inside:
+                module = part.get_submodule(where)
+                if kind == "hooked":
+                    add_hook_to_module(module, Double())
+                elif kind == "plain":  # the same by torch's own means
+                    module.register_forward_hook(lambda m, args, out: 2 * out)
+
+        if hooked_first:
+            hook()
+        patch = filled(
+            fastprompt.patch(model, METHODS["llama"], memory=memory, logits=kind != "hooked")
+        )
+        if not hooked_first:
+            hook()
+        found[kind] = results(model, patch, "llama")
+        if kind == "hooked":
+            assert f"{where} is hooked by accelerate (Double)" in patch.report()
+    check(found["hooked"], found["plain"])
+    assert not torch.allclose(found["unhooked"][1], found["plain"][1])
 
 
 def test_what_is_refused():
@@ -173,14 +202,78 @@ def test_what_is_refused():
     )
     with pytest.raises(ValueError, match=r"model.layers.0: want it offloaded module by module"):
         fastprompt.patch(whole, METHODS["llama"])
-    for name, method in dict(llava=M2PT(2, 3), llama=FullTuning()).items():
-        model = offload(tiny.build(name))
+    in_whole = dict(preload_module_classes=["LlavaMultiModalProjector"])
+    for name, method, more in (
+        ("llava", M2PT(2, 3), {}), ("llava", M2PT(2, 3), in_whole), ("llama", FullTuning(), {}),
+    ):  # fmt: skip
+        model = accelerate.cpu_offload(tiny.build(name), "cpu", **more)
         with pytest.raises(ValueError, match="want weights that stay, to train; got offloaded"):
             fastprompt.patch(model, method)
         assert not hasattr(model, "_fastprompt_patch")
     empty = tiny.build("llama").to("meta")
     with pytest.raises(ValueError, match=r"layers\.0: want weights with values, got a model"):
         fastprompt.patch(empty, METHODS["llama"])
+
+
+def test_four_bit_weights_that_are_offloaded(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny.build("llama").save_pretrained(tmp_path)
+    model = offload(loaded(tmp_path, "four_bit"))
+    with pytest.raises(ValueError, match="want 4-bit weights on a device, got offloaded ones"):
+        fastprompt.patch(model, METHODS["llama"])
+
+
+def test_a_module_offloaded_as_a_whole_is_as_it_was_after_undo():
+    model = tiny.build("llama")
+    accelerate.cpu_offload(model, "cpu", preload_module_classes=["LlamaMLP"])
+    patch = filled(fastprompt.patch(model, METHODS["llama"]))
+    given = tiny.inputs("llama")
+    model.train()(**given, labels=given["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in patch.trainable.values())
+    patch.undo()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_undo_leaves_frozen_what_peft_froze():
+    peft = pytest.importorskip("peft")
+    model = offload(tiny.build("llama"))
+    patch = fastprompt.patch(model, METHODS["llama"])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    patch.undo()
+    assert {n for n, p in adapted.named_parameters() if p.requires_grad} == {
+        n for n, _ in adapted.named_parameters() if "lora_" in n
+    }
+
+
+def test_tied_embeddings_that_are_offloaded_count_once():
+    plain = tiny.build("llama", tie_word_embeddings=True)
+    total = share.count(plain)
+    model = offload(plain)
+    assert share.count(model) == total and share.is_tied(model)
+
+
+def test_a_trained_part_does_not_copy_what_its_hooks_hold():
+    model = on_cpu(tiny.build("llava"))
+    patch = fastprompt.patch(model, M2PT(2, 3))
+    projector = model.model.multi_modal_projector
+    old = next(what[2] for step, what in patch._undo if step == "module")
+    for new, before in zip(projector.modules(), old.modules(), strict=True):
+        if hasattr(new, "_hf_hook"):
+            assert new._hf_hook.tied_params_map is before._hf_hook.tied_params_map
+
+
+def test_outside_models_under_hooks():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=32, num_heads=2, num_classes=3
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    outputs = []
+    for each in (copy.deepcopy(model), on_cpu(copy.deepcopy(model))):
+        filled(fastprompt.patch(each, VPT(P)))
+        outputs.append(each(images))
+    check(*outputs, rtol=0, atol=0)
 
 
 def test_weights_of_one_block_on_two_devices_are_not_fused():

@@ -210,7 +210,7 @@ def test_there_is_no_way_back_from_shards(shared, tmp_path):
     try:
         sharding.shard(patch, None, torch.float32)
         trained = list(patch.trainable)
-        with pytest.raises(ValueError, match="undo: want whole weights, got blocks split"):
+        with pytest.raises(ValueError, match="undo: want whole weights, got split ones"):
             patch.undo()
     finally:
         dist.destroy_process_group()

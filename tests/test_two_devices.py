@@ -12,15 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llava import modeling_llava
 
 import fastprompt
-from fastprompt.methods import M2PT, VPT, DeepPrompts
+from fastprompt.methods import L2P, M2PT, VPT, DeepPrompts
 
 hooks = pytest.importorskip("accelerate.hooks")
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 CASES = {
     "llama": (DeepPrompts(text=3), ("model.layers.1", "model.layers.2", "model.norm", "lm_head")),
-    "vit": (VPT(3, train_head=False), ("vit.layers.2", "vit.layernorm", "classifier")),
-    "llava": (M2PT(2, 3, train_projector=False), ("model.language_model", "lm_head")),
-    "llava siglip mistral": (M2PT(2, 3, train_projector=False), ("model.vision_tower",)),
+    "vit": (VPT(3), ("vit.layers.2", "vit.layernorm", "classifier")),
+    "llava": (M2PT(2, 3), ("model.language_model", "lm_head")),
+    "llava siglip mistral": (M2PT(2, 3), ("model.vision_tower",)),
 }
 
 
@@ -49,6 +49,8 @@ def given_to(name):
 @pytest.mark.parametrize("memory", ["off", "speed"])
 @pytest.mark.parametrize("name", CASES)
 def test_each_prompt_is_where_its_block_is(name, memory, monkeypatch):
+    # what trains is a deep copy, which must not have a mode of its own
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, raising=False)
     # transformers counts image tokens, and there are none
     monkeypatch.setattr(modeling_llava, "torch_compilable_check", lambda *said: None, raising=False)
     method, second = CASES[name]
@@ -78,3 +80,11 @@ def test_rows_with_prompts_of_their_own():
         patch.add("other", text=5)
         with patch.using(["other", None]), torch.no_grad():
             assert model(**given_to("llama")).logits.device == FIRST
+
+
+def test_a_pool_is_on_one_device():
+    method, model = L2P(6, 2, 3), tiny.build("vit")
+    with FakeTensorMode():
+        place(model, CASES["vit"][1])
+        with pytest.raises(ValueError, match="want all blocks on one device, where the pool"):
+            fastprompt.patch(model, method)

@@ -86,11 +86,11 @@ def obstacle(parts: Parts, found: list[Inside]) -> str | None:
             or own["_backward_hooks"] or own["_backward_pre_hooks"]
         ) and inner and hooked(module):  # fmt: skip
             return f"{part.name} has hooks"
-        if "forward" in own and inner and not is_adopted(module):
+        if "forward" in own and inner:
             wrapped = placement.why_wrapped(module)
             if wrapped is not None:
                 return f"{part.name} {wrapped}"
-            if placement.stands_in(module) is not None:
+            if not is_adopted(module) and placement.stands_in(module) is not None:
                 return f"{part.name}'s forward was replaced"
         for name, p in own["_parameters"].items():
             if p is not None and p.requires_grad:

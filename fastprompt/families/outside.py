@@ -12,7 +12,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from fastprompt import sdpa
+from fastprompt import placement, sdpa
 from fastprompt.families.base import Anatomy, Block, Tower, find, is_of, join
 
 
@@ -73,7 +73,7 @@ class OutsideFamily:
             raise ValueError(f"{name}: {self._why_not(attention)}")
         if getattr(like, "weight", None) is None:
             raise ValueError(f"{name}: want norms with weights, got {like}")
-        if "forward" in vars(attention):
+        if placement.stands_in(attention) is not None:
             raise ValueError(
                 f"{name}: want its attention's own forward, got another in its place: patch first, "
                 "then hook or wrap"

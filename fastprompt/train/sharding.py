@@ -80,7 +80,6 @@ def shard(patch: Patch, process: BaseImageProcessor, dtype: torch.dtype) -> Dist
     """
     model, host = patch.model, patch.anatomy.host
     mesh = init_device_mesh(model.device.type, (processes(),))
-    patch._undo.append(("sharded", None))
     for layer in _layers(patch):
         whole = _matrices(layer)
         fully_shard(layer, mesh=mesh, ignored_params=set(layer.parameters()) - set(whole))
