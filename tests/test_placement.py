@@ -285,3 +285,18 @@ def test_weights_of_one_block_on_two_devices_are_not_fused():
     block.layer.mlp.up_proj.weight = nn.Parameter(torch.empty(48, 32, device="meta"))
     why = checks.unknown(block.parts, checks.inside(block.layer, None))
     assert why == "its weights are on cpu and meta"
+
+
+def test_rows_with_prompts_of_their_own_under_offloading():
+    plain = tiny.build("llama").eval()
+    models = plain, offload(copy.deepcopy(plain))
+    logits = []
+    for model in models:
+        patch = filled(fastprompt.patch(model, METHODS["llama"]))
+        patch.add("other", text=5)
+        torch.manual_seed(1)
+        for prompt in patch.sets["other"].prompts.values():
+            prompt.tokens.data.normal_()
+        with patch.using(["other", None]), torch.no_grad():
+            logits.append(model(**tiny.inputs("llama")).logits)
+    check(logits[1:], logits[:1])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastprompt import attention
 from fastprompt.families import VISION, Anatomy, Tower
+from fastprompt.placement import device_of
 from fastprompt.prompts import BlockPrompt
 from fastprompt.sets.mixed import Mixed
 from fastprompt.tapping import HostMethod
@@ -75,7 +76,7 @@ class Rows:
             return Mixed(self.sets, None, stacks)
         index = self._index(tower, batch)
         if tower.name not in self._last or self._last[tower.name][0] != index:
-            device = tower.blocks[0].like.weight.device
+            device = device_of(tower.blocks[0].like)
             self._last[tower.name] = index, torch.tensor(index, device=device)
         return Mixed(self.sets, self._last[tower.name][1], stacks)
 

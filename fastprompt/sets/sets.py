@@ -25,6 +25,7 @@ from fastprompt.attention import SideKeys
 from fastprompt.families import Block, Tower
 from fastprompt.methods import Method
 from fastprompt.methods.base import new_prompts
+from fastprompt.placement import device_of
 from fastprompt.prompts import CHILD, BlockPrompt
 from fastprompt.sets.rows import Rows
 from fastprompt.shards import is_shard
@@ -302,8 +303,9 @@ class Sets:
 
     def _to_model(self, prompts: PromptSet) -> None:
         for _, block, _ in self._blocks():
-            if block.name in prompts.prompts:
-                prompts.prompts[block.name].to(block.like.weight.device)
+            prompt, device = prompts.prompts.get(block.name), device_of(block.like)
+            if prompt is not None and any(p.device != device for p in prompt.parameters()):
+                prompt.to(device)
 
     def _page_in(self, names: list[str]) -> None:
         if self.most is not None and len(names) > self.most:
