@@ -66,11 +66,18 @@ def find_compiler() -> tuple[list[str] | None, str]:
     return command, ""
 
 
-def tile_flags(compiler: list[str], own: str) -> str:
-    """Those of a product by tiles; none, and it is empty, for a compiler older than ``own``."""
+def tile_flags(compiler: list[str], own: str, instruction: str) -> str:
+    """Those of a product by tiles; none, and it is empty, for a compiler, or an assembler behind
+    it, that does not know the ``instruction``."""
     flags = f"-mavx512f -mavx512bw {own} {QUIET}"
-    check = [*compiler, *flags.split(), "-E", "-x", "c++", os.devnull]
-    return flags if subprocess.run(check, capture_output=True).returncode == 0 else ""
+    code = f"#include <immintrin.h>\nvoid f() {{ {instruction}; }}\n"
+    with tempfile.TemporaryDirectory() as folder:
+        made = str(Path(folder, "tile.o"))
+        check = [*compiler, *CXX_FLAGS, *flags.split(), "-c", "-x", "c++", "-", "-o", made]
+        known = subprocess.run(check, input=code, capture_output=True, text=True).returncode == 0
+    if not known:
+        print(f"fastprompt: no 4-bit products by {own}: {shlex.join(compiler)} does not know it")
+    return flags if known else ""
 
 
 def find_ninja() -> str:
@@ -147,8 +154,14 @@ def ninja_file(compiler: list[str], nvcc: str | None, objects: Path, target: Pat
             f"build {escape(fatbin)}: cuda {escape(CUDA_SOURCE)}",
         ]
     outputs, file_flags = [], dict(FILE_FLAGS)
-    file_flags["product_amx.cpp"] = tile_flags(compiler, "-mamx-tile -mamx-bf16")
-    file_flags["product_bf16.cpp"] = tile_flags(compiler, "-mavx512bf16")
+    file_flags["product_amx.cpp"] = tile_flags(
+        compiler, "-mamx-tile -mamx-bf16", "_tile_zero(0); _tile_dpbf16ps(0, 1, 2)"
+    )
+    file_flags["product_bf16.cpp"] = tile_flags(
+        compiler,
+        "-mavx512bf16",
+        "volatile __m512 x = _mm512_dpbf16_ps(__m512(), __m512bh(), __m512bh()); (void)x",
+    )
     for source in sorted(CSRC.glob("*.cpp")):
         outputs.append(escape(objects / (source.name + ".o")))
         flags, also = file_flags.get(source.name, ""), ""

@@ -327,7 +327,7 @@ void bind_elementwise(pybind11::module_&);  // elementwise_module.cpp
 
 PYBIND11_MODULE(_native, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Compiled part of fastprompt; use it through fastprompt.native.";
-  m.attr("ABI") = 9;  // raised with every change of what native.py calls
+  m.attr("ABI") = 10;  // raised with every change of what native.py calls
   m.def("variants", [] { return fastprompt::names(fastprompt::variants()); },
         "Instruction sets that this machine runs, best first.");
   m.def("multipliers", [] { return fastprompt::names(fastprompt::multipliers()); },

@@ -30,7 +30,7 @@ inline void multiply_tile(const uint16_t* left, const uint16_t* right, int64_t s
       const auto of_columns = (__m512bh)_mm512_loadu_si512(right + pair * kDepth);
 #pragma GCC unroll 16
       for (int i = 0; i < kSide; ++i)
-        rows[i] = _mm512_dpbf16_ps(rows[i], pair_of(left + i * kDepth + pair * 2), of_columns);
+        rows[i] = _mm512_dpbf16_ps(rows[i], of_columns, pair_of(left + i * kDepth + pair * 2));
     }
 #pragma GCC unroll 16
   for (int i = 0; i < kSide; ++i) _mm512_storeu_ps(sums + i * kSide, rows[i]);
@@ -56,6 +56,7 @@ namespace {
 bool has_bf16() {
   unsigned a, b, c, d;
   constexpr unsigned bf16 = 1u << 5;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || a < 1) return false;  // the last there is
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bf16);
 }
 

@@ -6,6 +6,8 @@
 //   forward    rows of W, as decoded, times pairs of x, turned once     sums [rows, tokens]
 //   backward   tokens of dy, as they are, times pairs of decoded rows   sums [tokens, columns]
 //
+// Both take numbers below 1.2e-38 for zeros, and round sums of them to it.
+//
 // In two parts, both in an unnamed namespace (see decode_blocks.h). product_<isa>.cpp includes this
 // file, defines `Tiles` (made before the first tile is multiplied, and gone after the last) and
 // `multiply_tiles`, and then includes product_panels.h.

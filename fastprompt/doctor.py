@@ -14,6 +14,7 @@ from torch import Tensor
 from fastprompt import native, native_cuda, ops
 from fastprompt.ops import nf4_linear_cuda, reference
 from fastprompt.ops.fp8_linear import fp8_linear, fp8_linear_backward, row_scales
+from fastprompt.ops.nf4_linear import nf4_linear_backward
 from fastprompt.ops.packed import unpack
 from fastprompt.ops.prompt_attention import chosen_backend
 from fastprompt.ops.quantize_rows import quantize_rows
@@ -54,6 +55,10 @@ def report() -> str:
     active = native.isa() if native.available() else f"missing, {native.why_missing()}"
     serves = "on the CPU: attention, selection, 4-bit weights, norms, activations, rotation"
     lines.append(f"compiled part ({serves}): {active}")
+    if native.available():
+        lines.append(
+            f"4-bit products of few tokens on the CPU by {', '.join(native.multipliers())}"
+        )
     lines.append(f"CUDA kernels (4-bit products of few tokens): {_cuda_kernels()}")
     return "\n".join(lines)
 
@@ -208,9 +213,15 @@ def _four_bit(device: str) -> str:
 
     packed, state = _quantized(device, 128, 256)
     dense = bnb.dequantize_4bit(packed, state)
-    x = _random(dense, 3, 256)
-    ours, eager = ops.nf4_linear(x, (packed, state)), x @ dense.mT
-    return _no_worse([ours], [eager], [x.double() @ dense.double().mT])
+    exact = dense.double()
+    for tokens in (3, 33, 700):  # each way of multiplying has its own numbers of them
+        x, dy = _random(dense, tokens, 256), _random(dense, tokens, 128)
+        ours = ops.nf4_linear(x, (packed, state)), nf4_linear_backward(dy, (packed, state))
+        eager, truth = (x @ dense.mT, dy @ dense), (x.double() @ exact.mT, dy.double() @ exact)
+        wrong = _no_worse(ours, eager, truth)
+        if wrong:
+            return f"{tokens} tokens: {wrong}"
+    return ""
 
 
 def _fp8(device: str) -> str:

@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ABI = 9  # csrc/module.cpp has the same; a module left from another version is not called
+ABI = 10  # csrc/module.cpp has the same; a module left from another version is not called
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/decode.h: Dtype
 OFF = "FASTPROMPT_NATIVE=0"  # in the environment
 _SECTIONS = (40, 48), (58, 60), (60, 62)  # where ELF has their offset, size and number
@@ -81,10 +81,10 @@ def _numbers(kind: str) -> dict[str, int]:
     if module is None:
         return {}
     names = getattr(module, kind)()
-    asked = os.environ.get("FASTPROMPT_ISA") or names[0]
-    if asked not in names:
+    asked = os.environ.get("FASTPROMPT_ISA")
+    if asked and asked not in module.variants():
         raise ValueError(f"FASTPROMPT_ISA: want one of {module.variants()} here, got {asked!r}")
-    first = names.index(asked)
+    first = names.index(asked) if asked else 0
     return {name: number for number, name in enumerate(names) if number >= first}
 
 

@@ -86,6 +86,9 @@ def report(patch: Patch) -> Report:
     lines += ["", f"frozen  {total - sum(trained.values()) - others:,} parameters"]
     if four_bit:
         lines[-1] += f", {sum(map(numel, four_bit)):,} of them in 4-bit ({len(four_bit)} layers)"
+        experts = sum(p.numel() for p in model.parameters() if p.ndim == 3 and not p.requires_grad)
+        if experts:  # matrices stacked into one parameter, which bitsandbytes' loader passes over
+            lines.append(f"  experts  {experts:,} parameters, dense: the loader leaves them")
         how = f"decoded by csrc ({native.isa()})" if native.available() else "decoded by torch"
         lines.append(
             f"  on the CPU  {how}" + ("" if native.available() else f": {native.why_missing()}")

@@ -34,8 +34,8 @@ class Support:
 def supports(model: nn.Module | PreTrainedConfig) -> Support:
     """Whether `fastprompt.patch` takes a model, or a model of this config; changes nothing.
 
-    A model is looked at as `patch` itself does. A config says what its architecture allows; that
-    a model is wrapped, adapted or patched already is not seen in it.
+    A model is looked at as `patch` itself does, but for where its weights are. A config says what
+    its architecture allows; that a model is wrapped, adapted or patched already is not seen in it.
     """
     try:
         if isinstance(model, PreTrainedConfig):

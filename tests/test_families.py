@@ -310,6 +310,8 @@ def test_experts_stay_dense_and_attention_is_four_bit():
     )
     report = fastprompt.patch(model).report()
     assert "(12 layers)" in report
+    dense = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert dense and f"experts  {dense:,} parameters, dense" in report
 
 
 DROPPING = ["gpt2", "opt", "bert", "t5", "gemma2", "gpt_oss", "timm_vit", "timm_beit", "open_clip"]

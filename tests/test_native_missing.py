@@ -96,6 +96,9 @@ def test_the_best_instruction_set_allowed(monkeypatch):
     monkeypatch.setattr(native, "_load", lambda: (module, None))
     monkeypatch.setattr(native, "_numbers", native._numbers.__wrapped__)
     assert native.isa() == "avx512" and native.multipliers()[0] == "amx"
+    monkeypatch.setenv("FASTPROMPT_ISA", "amx")  # what multiplies alone is no choice for all
+    with pytest.raises(ValueError, match=r"FASTPROMPT_ISA: want one of .* here, got 'amx'"):
+        native.multipliers()
     monkeypatch.setenv("FASTPROMPT_ISA", "avx2")
     assert native.variants() == native.multipliers() == ("avx2", "portable")
     assert native._module(None) == (module, 1) and native._module("portable") == (module, 2)

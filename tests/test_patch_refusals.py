@@ -1,8 +1,11 @@
 """What `patch` refuses, with a ValueError and the model as it was; and odd models that it takes."""
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from torch import nn
 
@@ -174,3 +177,48 @@ def test_a_tower_none_of_whose_blocks_is_read_says_so():
     assert "model.vision_tower: no block's output is read" in patch.report().replace("\n    ", " ")
     with torch.no_grad():
         model(**tiny.inputs("llava"))
+
+
+def _by_sdpa(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+    """An attention that somebody wrote anew: nothing of transformers' is asked."""
+    q, k, v = (
+        p(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        for p in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+@pytest.mark.parametrize("how", ["class", "instance"])
+def test_an_attention_that_would_not_see_prompts(how):
+    model = tiny.build("llama")
+    attention = model.model.layers[1].self_attn
+    if how == "class":
+        attention.__class__ = type("Fast", (type(attention),), dict(forward=_by_sdpa))
+        said = "layers.1.self_attn: want an attention that asks transformers .* got a Fast"
+    else:
+        attention.forward = partial(_by_sdpa, attention)
+        said = "layers.1.self_attn: want LlamaAttention's own forward, got another in its place"
+    assert torch.isfinite(model(input_ids=torch.arange(5, 9)[None]).logits).all()
+    unchanged(model, fastprompt.patch, said)
+    assert not fastprompt.supports(model)
+
+
+def test_an_attention_around_transformers_own_is_served():
+    model, want = tiny.build("llama"), tiny.build("llama")
+
+    def forward(self, *args, **kwargs):
+        return super(type(self), self).forward(*args, **kwargs)
+
+    for layer in model.model.layers:
+        kind = type(layer.self_attn)
+        layer.self_attn.__class__ = type("Around", (kind,), dict(forward=forward))
+    ids = torch.arange(5, 9)[None]
+    for each in (model, want):
+        torch.manual_seed(0)
+        patch = fastprompt.patch(each, DeepPrompts(text=3))
+        with torch.no_grad():
+            for p in patch.trainable.values():
+                p.normal_()
+    torch.testing.assert_close(model(input_ids=ids).logits, want(input_ids=ids).logits)
+    assert not torch.allclose(want(input_ids=ids).logits, tiny.build("llama")(input_ids=ids).logits)

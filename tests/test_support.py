@@ -11,7 +11,7 @@ import zoo
 from torch import nn
 
 import fastprompt
-from fastprompt.families import HOSTS, LIBRARIES, TOWERS, anatomy, table
+from fastprompt.families import HOSTS, LIBRARIES, REASONS, TOWERS, anatomy, table
 from fastprompt.methods import M2PT, VPT, DeepPrompts
 
 
@@ -97,3 +97,10 @@ def test_the_readme_has_the_registrys_table():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     shown = readme.split(table.BEGIN)[1].split(table.END)[0]
     assert shown.strip() == table.markdown(), "run: python -m fastprompt.families"
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_every_refused_architecture_by_its_config(kind):
+    config = tf.AutoConfig.for_model(kind)
+    found = fastprompt.supports(config)
+    assert not found and REASONS[kind] in found.reason

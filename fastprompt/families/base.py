@@ -1,5 +1,6 @@
 """What the rest of fastprompt needs to know of a model: where its blocks and their parts are."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -8,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from fastprompt import placement
 from fastprompt.blocks.parts import Parts
 from fastprompt.families.described import BlockLayout, Undescribed, describe
 
@@ -262,6 +264,9 @@ _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 def _block(name: str, layer: nn.Module, layout: Layout, rotary: nn.Module | None) -> Block:
     attention = attrgetter(layout.attention)(layer)
+    why_not = _unheard(attention)
+    if why_not is not None:
+        raise ValueError(f"{join(name, layout.attention)}: {why_not}")
     k_proj = attrgetter(layout.k_proj)(attention)
     v_proj = attrgetter(layout.v_proj)(attention)
     head_dim = next(getattr(attention, n) for n in _HEAD_DIM if hasattr(attention, n))
@@ -293,6 +298,22 @@ def _block(name: str, layer: nn.Module, layout: Layout, rotary: nn.Module | None
         without=_at(layer, layout.without),
         parts=parts,
         undescribed=why,
+    )
+
+
+def _unheard(attention: nn.Module) -> str | None:
+    """Why our attention function would not be called, and prompts not be seen."""
+    kind = type(attention).__name__
+    if placement.stands_in(attention) is not None:
+        return f"want {kind}'s own forward, got another in its place: patch first, then wrap it"
+    owner = next(c for c in type(attention).__mro__ if "forward" in vars(c))
+    called = set(inspect.unwrap(owner.forward).__code__.co_names)
+    ours = owner.__module__.startswith("transformers.") or "ALL_ATTENTION_FUNCTIONS" in called
+    if ours or {"super", "forward"} <= called:
+        return None
+    return (
+        f"want an attention that asks transformers for its function, or prompts would not be seen; "
+        f"got a {kind} with a forward of its own"
     )
 
 

@@ -175,7 +175,7 @@ def kmeans(
 ) -> dict[str, Tensor]:
     """Centres of the hidden states before each prompted block, as many as its prompt has rows.
 
-        patch.init_from(kmeans(patch, batches))
+        fastprompt.init_from(patch, kmeans(patch, batches))
 
     Lloyd's algorithm from states that are drawn by chance.
 
