@@ -72,7 +72,7 @@ def measure(contender: Contender, task: Task, given: argparse.Namespace) -> dict
     found |= scores(task, right) | dict(exam_loss=loss if math.isfinite(loss) else None)
     if task.name == "demo":  # the tiny model's are probes
         found["probes"] = {
-            "generate": said(lambda: generation.answers(model, task.exam[0], right, ASKED)),
+            "generate": said(lambda: generation.answers(model, task.exam[0], ASKED)),
             "save and load": said(lambda: _there_and_back(module, model, task)),
         }
     return found
