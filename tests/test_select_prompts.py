@@ -262,7 +262,8 @@ def test_some_keys_at_a_time(monkeypatch, device):
     whole = ops.select_prompts(query, keys, prompts, k, backend="plain")
     monkeypatch.setattr(plain, "CHUNK", 50)
     pieces = ops.select_prompts(query, keys, prompts, k, backend="plain")
-    assert all((a == b).all() for a, b in zip(whole, pieces, strict=True))
+    for a, b in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(a, b)  # a product of another size may round otherwise
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+ROWS = 1024  # that one product adds up
 CHUNK = 2**20  # scores at once: 4 MB, which a core's cache still helps with
 
 
@@ -55,11 +56,22 @@ def gradients(
         if slope is not None:
             ds *= slope
         p, ds = p.to(q.dtype), ds.to(q.dtype)
-        dv[h] += torch.bmm(p.mT, dout[h, n])
-        dk[h].add_(torch.bmm(ds.mT, q[h, n]), alpha=scale)
+        dv[h] += _over_rows(p, dout[h, n])
+        dk[h].add_(_over_rows(ds, q[h, n]), alpha=scale)
         if dq is not None:
             dq[h, n].baddbmm_(ds, k[h], alpha=scale)
     return dk, dv
+
+
+def _over_rows(x: Tensor, y: Tensor) -> Tensor:
+    """x [H, n, J], y [H, n, d] -> xᵀ y [H, J, d], the sums of ROWS rows each added up apart: of one
+    product, some libraries (MKL on AMD's processors) add up all in a row."""
+    whole = x.shape[1] // ROWS * ROWS
+    if x.shape[1] <= ROWS:
+        return torch.bmm(x.mT, y)
+    parts = [t[:, :whole].unflatten(1, (-1, ROWS)) for t in (x, y)]
+    total = torch.matmul(parts[0].mT, parts[1]).sum(1, dtype=torch.float32)
+    return total + torch.bmm(x[:, whole:].mT, y[:, whole:])
 
 
 def _scores(q, k, scale, softcap, bias) -> tuple[Tensor, Tensor | None]:
