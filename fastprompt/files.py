@@ -5,6 +5,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+_SECTIONS = (40, 48), (58, 60), (60, 62)  # where ELF has their offset, size and number
+
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside, flush, then rename over: an interrupted write leaves the old file."""
@@ -20,6 +22,17 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def is_cut_short(library: Path) -> bool:
+    """Whether a compiled library was not written to its end; False for what is not 64-bit ELF."""
+    with open(library, "rb") as file:
+        head = file.read(64)
+    if head[:6] != b"\x7fELF\x02\x01":  # 64 bits, the lowest byte first
+        return False
+    # the table of sections comes last
+    table, each, count = (int.from_bytes(head[i:j], "little") for i, j in _SECTIONS)
+    return library.stat().st_size < table + each * count
 
 
 def _umask() -> int:

@@ -19,10 +19,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastprompt.files import is_cut_short
+
 ABI = 10  # csrc/module.cpp has the same; a module left from another version is not called
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/decode.h: Dtype
 OFF = "FASTPROMPT_NATIVE=0"  # in the environment
-_SECTIONS = (40, 48), (58, 60), (60, 62)  # where ELF has their offset, size and number
 MASKS = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 2}  # csrc/attention.h: Mask::Kind
 
 
@@ -47,15 +48,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 def _check_file() -> None:
     """ImportError for a file that was not written to its end, which would end the process."""
     spec = None if "fastprompt._native" in sys.modules else find_spec("fastprompt._native")
-    if spec is None:
-        return
-    with open(spec.origin, "rb") as file:
-        head = file.read(64)
-    if head[:6] != b"\x7fELF\x02\x01":  # 64 bits, the lowest byte first
-        return
-    # the table of sections comes last
-    table, each, count = (int.from_bytes(head[i:j], "little") for i, j in _SECTIONS)
-    if Path(spec.origin).stat().st_size < table + each * count:
+    if spec is not None and is_cut_short(Path(spec.origin)):
         raise ImportError(f"cut short: {spec.origin}")
 
 
