@@ -34,14 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
     print(report.header(env), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         tasks = _tasks(given, Path(folder))
+        env |= dict(rates=given.rates, quick=given.quick)
         for name in given.only or CONTENDERS:
             for model, file in tasks.items():
                 rows.append(jobs.row(CONTENDERS[name], model, file, _steps(given, model), given))
                 print(f"{name} {model}: {rows[-1]['status']}", file=sys.stderr, flush=True)
-    rows.sort(key=lambda row: list(STEPS).index(row["model"]))  # stable
+                rows.sort(key=lambda row: list(STEPS).index(row["model"]))  # stable
+                if given.json:  # hours of rows must not wait for the last
+                    report.write_json(given.json, env, rows)
     print(f"\n{table.markdown(rows)}\n\n{table.details(rows)}")
-    if given.json:
-        report.write_json(given.json, env | dict(rates=given.rates, quick=given.quick), rows)
     ours = [row for row in rows if row["contender"].startswith("fastprompt")]
     return int(any(row["status"] != "measured" for row in ours))
 
