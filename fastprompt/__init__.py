@@ -8,6 +8,7 @@ from fastprompt.checkpoint import load, read_card, save
 from fastprompt.doctor import report
 from fastprompt.families import supported
 from fastprompt.hub import from_hub, push_to_hub
+from fastprompt.loading import four_bit
 from fastprompt.patching import Patch, patch, patch_of
 from fastprompt.prefill import prefill
 from fastprompt.prefix_cache import prefix_cache
@@ -27,6 +28,7 @@ __all__ = [
     "assemble",
     "assemble_processor",
     "bake",
+    "four_bit",
     "from_hub",
     "importers",
     "init_from",

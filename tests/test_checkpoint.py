@@ -38,6 +38,23 @@ def test_save_then_load_into_a_fresh_model_is_bitwise(name, patched_before, tmp_
         assert torch.equal(tiny.output(name, fresh, given), tiny.output(name, model, given))
 
 
+@pytest.mark.parametrize("name", ["llama", "llava", "vit"])
+def test_a_state_dict_fills_another_patched_model(name, tmp_path):
+    """torch's own way, backbone and all; keys that were kept of the old prompts are not read."""
+    model, given = trained(name), tiny.inputs(name)
+    torch.save(model.state_dict(), tmp_path / "whole.pt")
+    other = tiny.build(name, seed=7)
+    fastprompt.patch(other)
+    with torch.no_grad():
+        want = tiny.output(name, model, given)
+        assert not torch.allclose(tiny.output(name, other, given), want)
+        other.load_state_dict(torch.load(tmp_path / "whole.pt"))
+        assert torch.equal(tiny.output(name, other, given), want)
+    bare = tiny.build(name)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*fastprompt"):
+        bare.load_state_dict(model.state_dict())
+
+
 def test_the_file_holds_what_trains_and_nothing_else(tmp_path):
     model = trained("llava", M2PT(4, 3))
     path = fastprompt.save(model, tmp_path)

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+import zoo
 from test_exactness import relative
 from test_families import four_bit
 
@@ -20,13 +21,14 @@ P, DEPTH = 3, 2
 
 def build(name="clip", dtype=torch.float64):
     torch.manual_seed(0)
-    kind = {"clip": "CLIP", "siglip": "Siglip"}[name]
+    kind = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}[name]
     text = dict(tiny.CLIP_TEXT, hidden_size=24, num_attention_heads=3)  # of another width
-    if name == "siglip":
+    vision = dict(tiny.VISION)
+    if name != "clip":
         text["projection_size"] = tiny.VISION["hidden_size"]
-    config = getattr(tf, f"{kind}Config")(
-        text_config=text, vision_config=tiny.VISION, projection_dim=24
-    )
+    if name == "siglip2":
+        vision = {**vision, "num_patches": 9}
+    config = getattr(tf, f"{kind}Config")(text_config=text, vision_config=vision, projection_dim=24)
     model = getattr(tf, f"{kind}Model")(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -34,8 +36,9 @@ def build(name="clip", dtype=torch.float64):
     return model.to(dtype).eval()
 
 
-def given(dtype=torch.float64):
-    batch = tiny.inputs("clip_text") | tiny.inputs("vit", dtype)
+def given(name="clip", dtype=torch.float64):
+    images = zoo.inputs("siglip2 vision", dtype) if name == "siglip2" else tiny.inputs("vit", dtype)
+    batch = tiny.inputs("clip_text") | images
     mask = torch.ones_like(batch["input_ids"])
     mask[0, -2:] = 0
     return batch | dict(attention_mask=mask)
@@ -55,7 +58,7 @@ def towers(prompts):
     return list(zip(*kinds, strict=True))
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
 def test_against_literal_rows(name):
     ours = build(name)
     theirs = copy.deepcopy(ours)
@@ -67,7 +70,7 @@ def test_against_literal_rows(name):
         text_rows.tokens.data.copy_(text.tokens)
         mapped = text.tokens @ vision.map.weight.T + vision.map.bias
         vision_rows.tokens.data.copy_(mapped)
-    batch = given()
+    batch = given(name)
     got, want = ours(**batch).logits_per_image, theirs(**batch).logits_per_image
     assert relative(got, want) < 1e-10
     assert relative(build(name)(**batch).logits_per_image, want) > 1e-3

@@ -1,4 +1,5 @@
-"""Two processes by a user's own loop: FSDP2, which splits prompts with their blocks; accelerate."""
+"""Two processes by a user's own loop: DDP, accelerate's too; FSDP2, which splits prompts with their
+blocks."""
 
 import json
 
@@ -10,7 +11,7 @@ from processes import two
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import fastprompt
 from fastprompt import loading
@@ -21,6 +22,7 @@ pytest.importorskip("accelerate")
 
 STEPS, P = 3, 4
 CASES = [(how, weights) for how in ("accelerate", "fsdp") for weights in ("dense", "four_bit")]
+CASES += [("ddp", "dense"), ("ddp", "images"), ("fsdp", "images")]
 # in each of two processes, on its half of the rows: every case in turn
 WORKER = """
 import json, sys
@@ -31,6 +33,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import fastprompt
 import test_own_loops as own
@@ -39,15 +42,18 @@ torch.set_num_threads(1)
 folder, accelerator = Path(sys.argv[1]), Accelerator(cpu=True)
 mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
 for how, weights in own.CASES:
-    model, patch = own.patched(folder, weights)
+    (model, patch), given = own.patched(folder, weights), own.rows(weights, rank)
     if how == "fsdp":
-        for block in patch.anatomy.towers[0].blocks:
-            fully_shard(block.layer, mesh=mesh)
+        for tower in patch.anatomy.towers:
+            for block in tower.blocks:
+                fully_shard(block.layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        losses = own.train(model, own.adamw(patch), rank)
+        losses = own.train(model, own.adamw(patch), given)
+    elif how == "ddp":
+        losses = own.train(DistributedDataParallel(model), own.adamw(patch), given)
     else:
         wrapped, optimizer = accelerator.prepare(model, own.adamw(patch))
-        losses = own.train(wrapped, optimizer, rank, accelerator.backward)
+        losses = own.train(wrapped, optimizer, given, accelerator.backward)
         model = accelerator.unwrap_model(wrapped)
     out, learned = folder / f"{how}-{weights}", patch.trainable.values()
     fastprompt.save(model, out)
@@ -57,7 +63,7 @@ for how, weights in own.CASES:
         p.data.zero_()
     dist.barrier()
     fastprompt.load(model, out)
-    found["after"] = own.loss(model.train(), own.rows()[rank::2]).item()
+    found["after"] = own.loss(model.train(), given).item()
     (out / f"{rank}.json").write_text(json.dumps(found))
 dist.barrier()
 dist.destroy_process_group()
@@ -67,29 +73,37 @@ dist.destroy_process_group()
 def patched(folder, weights):
     four_bit = dict(quantization_config=loading.four_bit(torch.float32))
     options = four_bit if weights == "four_bit" else {}
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
+    if weights == "images":
+        model = AutoModelForImageTextToText.from_pretrained(folder / "seeing")
+        method = M2PT(P, P)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
+        method = DeepPrompts(text=P)
     torch.manual_seed(1)
-    return model, fastprompt.patch(model, DeepPrompts(text=P))
+    return model, fastprompt.patch(model, method)
 
 
 def adamw(patch):
     return torch.optim.AdamW(patch.param_groups(prompt_lr=0.1))
 
 
-def rows():
-    return torch.randint(3, 60, (4, 8), generator=torch.Generator().manual_seed(2))
+def rows(weights, rank=None):
+    """Four rows; those of one of two processes."""
+    name = "llava" if weights == "images" else "llama"
+    given = tiny.inputs(name, batch=4)
+    return given if rank is None else {key: value[rank::2] for key, value in given.items()}
 
 
-def loss(model, ids):
-    return model(input_ids=ids, labels=ids).loss
+def loss(model, given):
+    return model(**given, labels=given["input_ids"]).loss
 
 
-def train(model, optimizer, rank=None, backward=torch.Tensor.backward):
-    """Losses of a few steps; of one of two processes on its half of the rows."""
-    losses, ids = [], rows() if rank is None else rows()[rank::2]
+def train(model, optimizer, given, backward=torch.Tensor.backward):
+    """Losses of a few steps."""
+    losses = []
     model.train()
     for _ in range(STEPS):
-        value = loss(model, ids)
+        value = loss(model, given)
         backward(value)
         optimizer.step()
         optimizer.zero_grad()
@@ -103,6 +117,7 @@ def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     torch.manual_seed(0)
     tiny.llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "model")
+    tiny.llava().save_pretrained(folder / "seeing")
     (folder / "worker.py").write_text(WORKER)
     return folder, two(str(folder / "worker.py"), str(folder))
 
@@ -115,11 +130,11 @@ def test_two_processes_are_one(job, how, weights):
     found = [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
 
     model, patch = patched(folder, weights)
-    want = train(model, adamw(patch))
+    want = train(model, adamw(patch), rows(weights))
     got = [sum(each) / 2 for each in zip(*(f["losses"] for f in found), strict=True)]
     assert got == pytest.approx(want, rel=1e-6) and len({*want}) == STEPS
     after = sum(f["after"] for f in found) / 2
-    assert after == pytest.approx(loss(model.train(), rows()).item(), rel=1e-6)
+    assert after == pytest.approx(loss(model.train(), rows(weights)).item(), rel=1e-6)
 
     numbers = sum(p.numel() for p in patch.trainable.values())
     splits = how == "fsdp"

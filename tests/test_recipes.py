@@ -54,8 +54,9 @@ def test_the_zero_shot_runs_are_whole(tmp_path, monkeypatch):
         (tmp_path / f"{name}.json").write_text("[]")
     monkeypatch.chdir(tmp_path)
     stage1 = TrainConfig.load(FOLDER / "zero-shot-stage1.yaml")
-    for name, count in (("zero-shot", 6), ("zero-shot-families", 4)):
-        runs = read_plan(FOLDER / f"{name}.yaml", tmp_path / "runs").runs
+    counts = {"": 6, "-families": 4, "-methods": 21, "-ablations": 9, "-lengths": 9}
+    for name, count in counts.items():
+        runs = read_plan(FOLDER / f"zero-shot{name}.yaml", tmp_path / "runs").runs
         assert len(runs) == count
         for run in runs:
             assert run.config.projector == f"{stage1.out}/prompts"

@@ -1,5 +1,6 @@
 """Attention that prompts get, as numbers and pictures; what a checkpoint's rows are like."""
 
+import benchmark_files as files
 import numpy as np
 import pytest
 import tiny
@@ -199,6 +200,30 @@ def test_what_cannot_be_looked_at_is_named(tmp_path, capsys):
     assert "want prompts in it, got" in capsys.readouterr().err
     assert inspect_command([str(tmp_path / "a"), "--images", "x.png"]) == 1
     assert "want --model too" in capsys.readouterr().err
+
+
+def test_nearest_words_and_patches_from_the_command_line(tmp_path, capsys):
+    """Of a folder of transformers', as its user has it: rows that are a word's embedding."""
+    from PIL import Image
+
+    files.save_model(tmp_path / "model")
+    model = files.llava()
+    patch = fastprompt.patch(model, M2PT(P, P))
+    words = model.get_input_embeddings().weight
+    first = patch.anatomy.tower("text").blocks[0].name
+    with torch.no_grad():
+        patch.prompts[f"{first}.fastprompt"].tokens.copy_(words[[9, 8, 7]])
+    fastprompt.save(model, tmp_path / "p")
+    images = [tmp_path / name for name in ("a.png", "b.png")]
+    for path, colour in zip(images, ("red", "blue"), strict=True):
+        Image.new("RGB", (20, 14), colour).save(path)
+    given = [str(tmp_path / "p"), "--model", str(tmp_path / "model"), "--images", *map(str, images)]
+    assert inspect_command(given) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    tokenizer = files.processor().tokenizer
+    for word in tokenizer.convert_ids_to_tokens([9, 8, 7]):
+        assert repr(word) in said
+    assert "words" in said and "patches" in said and "0:" in said
 
 
 class Processor:
