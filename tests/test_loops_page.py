@@ -58,13 +58,17 @@ def test_the_page(tmp_path, one_process):
         losses.append(given["model"](**given["batches"][0]).loss.item())
     assert losses == sorted(losses, reverse=True) and len({*losses}) == len(losses) == 6
 
-    trained = {k: v for k, v in model.named_parameters() if k in start}
-    for name, p in trained.items():
-        assert torch.equal(p.full_tensor(), start[name]), name
+    frozen = {k: v for k, v in model.named_parameters() if k in start}
+    for name, p in frozen.items():  # FSDP2 leaves some whole after a forward
+        assert torch.equal(getattr(p, "full_tensor", lambda p=p: p)(), start[name]), name
     [checkpoint] = (tmp_path / "checkpoints").glob("*.ckpt")
     held = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert held.keys() == {f"model.{name}" for name in given["patch"].trainable}
-    given["Tuned"].load_from_checkpoint(checkpoint, model=model, strict=False)
+    other = tiny.build("llama")
+    fastprompt.patch(other, given["patch"].method)
+    given["Tuned"].load_from_checkpoint(checkpoint, model=other, strict=False)
+    for name, p in fastprompt.patch_of(other).trainable.items():
+        assert torch.equal(p, held[f"model.{name}"])
     fresh = tiny.build("llama")
     fastprompt.load(fresh, tmp_path / "shards")
     again = fresh(**given["batches"][0], return_dict=True).loss.item()

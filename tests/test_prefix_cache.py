@@ -114,6 +114,23 @@ def test_prefixes_behind_which_tokens_count_on():
         fastprompt.prefix_cache(other)
 
 
+def test_learned_positions_that_are_given():
+    """Deep prompts carry none: tokens behind them count from 0, and have to be told so."""
+    base = zoo.build("gpt2", torch.float64)
+    model, ids = copy.deepcopy(base), torch.randint(6, 63, (2, 9))
+    fastprompt.patch(model, DeepPrompts(text=P))
+    want = model(ids).logits
+
+    def got(**positions):
+        cache = fastprompt.prefix_cache(model, batch=2, positions=True)
+        mask = behind(torch.ones_like(ids))
+        return base(ids, past_key_values=cache, attention_mask=mask, **positions).logits
+
+    right = got(position_ids=torch.arange(9).expand(2, 9))
+    torch.testing.assert_close(right, want, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(got(), want, rtol=1e-3)  # as if P tokens had been read
+
+
 def test_refusals():
     def refused(message, model, method, **options):
         fastprompt.patch(model, method)

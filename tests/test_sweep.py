@@ -141,6 +141,16 @@ def finish(command):
     (folder / "result.json").write_text("{}")
 
 
+def test_tasks_are_looked_for_before_anything_trains(shared, tmp_path, inline, capsys):
+    plan = write(tmp_path / "p.yaml", base=TINY, eval=dict(tasks=["vsr"]))
+    command = ["sweep", plan, *options(shared, tmp_path / "out")]
+    assert main([*command, "--benchmarks", str(tmp_path / "none")]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().out and not inline
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "not asked, for want of --benchmarks FOLDER: vsr" in said and len(inline) == 1
+
+
 def test_ctrl_c_stops_each_run_once(plan, monkeypatch):
     sent, said = [], []
     asked = threading.Event()

@@ -64,6 +64,17 @@ def test_records_are_of_their_folders(finished, tmp_path):
     assert b.options["method"] == "text" and len(b.data["train"]) == 64
 
 
+def test_a_rerun_is_no_run_of_its_sweep(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "x")
+    again = tmp_path / "x" / "a" / "seed-0-rerun"
+    shutil.copytree(finished / "a" / "seed-0", again)
+    run = json.loads((again / "run.json").read_text())
+    assert run["again"] is None
+    (again / "run.json").write_text(json.dumps(run | {"again": "seed-0"}))
+    assert [r.label for r in read_records([tmp_path / "x"])] == ["a seed 0", "a seed 1", "b seed 7"]
+    assert [r.name for r in read_records([again])] == ["seed-0-rerun"]
+
+
 def test_merging_folders_and_files(finished, tmp_path, capsys):
     for name in "ab":
         shutil.copytree(finished / name, tmp_path / f"machine-{name}" / name)

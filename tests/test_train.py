@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,18 @@ import pytest
 import torch
 from runs import QUIET, At, config_of, same, train, trained
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import fastprompt
 from fastprompt.__main__ import main
-from fastprompt.train import TrainingError, make_trainer, prepare_data, prepare_model, rerun
+from fastprompt.train import (
+    TrainConfig,
+    TrainingError,
+    make_trainer,
+    prepare_data,
+    prepare_model,
+    rerun,
+)
 from fastprompt.train.progress import KeepBest, read_metrics
 from fastprompt.train.run_folder import last_checkpoint
 
@@ -87,12 +96,20 @@ VARIANTS = {
     "workers": dict(workers=2),
     "bfloat16": dict(dtype="bfloat16"),
     "projector": dict(method="projector"),
+    "four bits": dict(four_bit=True),
+    "dropout": {},
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_interrupted_and_resumed(name, shared, tmp_path):
     config = config_of(shared, tmp_path / "a", **VARIANTS[name])
+    if name == "dropout":  # each step draws numbers
+        folder = shutil.copytree(shared / "model", tmp_path / "model")
+        of_model = json.loads((folder / "config.json").read_text())
+        of_model["text_config"]["attention_dropout"] = 0.3
+        (folder / "config.json").write_text(json.dumps(of_model))
+        config = replace(config, model=str(folder))
     want = train(config)
     config = replace(config, out=str(tmp_path / "b"))
     kill = At(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -102,6 +119,44 @@ def test_interrupted_and_resumed(name, shared, tmp_path):
     result = train(config, resume=True)
     assert not result.interrupted and result.losses == want.losses
     assert same(trained(result), trained(want))
+
+
+class Spoil(TrainerCallback):
+    """The third step computes with infinities."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        def hook(module, given):
+            return (given[0] * torch.inf,) if self.state.global_step == 2 else None
+
+        self.state = state
+        model.model.language_model.norm.register_forward_pre_hook(hook)
+
+
+def test_what_ended_a_run_may_be_skipped_when_it_goes_on(shared, tmp_path, capsys):
+    """As the error says; what was left out before an interruption is still told at the end."""
+    config = config_of(shared, tmp_path / "a", max_steps=6, save_every=2, on_nan="skip")
+    want = train(config, callbacks=[Spoil()])
+    assert [step for step, loss in want.losses.items() if loss is None] == [3]
+
+    config = replace(config, out=str(tmp_path / "b"), on_nan="fatal", save_every=1)
+    with pytest.raises(TrainingError, match="--on-nan skip leaves such steps out"):
+        train(config, callbacks=[Spoil()])
+    config = replace(config, on_nan="skip", save_every=2, keep=3, workers=1)
+    kill = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(config, resume=True, callbacks=[Spoil(), kill])
+    result = train(config, resume=True)
+    assert result.losses == want.losses and same(trained(result), trained(want))
+    assert result.skipped == want.skipped and "step 3: the loss is nan" in result.skipped[0]
+    assert TrainConfig.load(tmp_path / "b" / "config.yaml") == config
+
+
+def test_data_is_looked_at_before_a_model_is_loaded(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastprompt.train.preparing.prepare_model", None)
+    config = config_of(shared, tmp_path / "a", data=[str(tmp_path / "none.json")])
+    with pytest.raises(ValueError, match=r"none\.json"):
+        train(config)
+    with pytest.raises(TrainingError, match="want 1000 rows held out"):
+        train(replace(config_of(shared, tmp_path / "a"), hold_out=1000))
 
 
 def test_a_signal_at_the_last_step_leaves_nothing_to_do(shared, tmp_path):
@@ -141,6 +196,8 @@ def test_rerun(shared, tmp_path, capsys):
     assert main(["rerun", str(tmp_path / "a")]) == 0
     assert "losses of 5 steps: the same" in capsys.readouterr().out
     run = json.loads((tmp_path / "a-rerun" / "run.json").read_text())
+    assert run["command"] and run["commit"] and run["cwd"] == os.getcwd()
+    assert run["again"] == str(tmp_path / "a") and run["machine"]["cpu"]
     assert run["seeds"] == dict(init=1, order=5, subset=5) and run["versions"]["torch"]
     assert run["data"] == json.loads((tmp_path / "a" / "run.json").read_text())["data"]
 
@@ -157,6 +214,12 @@ def test_rerun(shared, tmp_path, capsys):
     assert [d[:15] for d in differences] == ["loss of step 3:"]
     with pytest.raises(TrainingError, match=r"want a run's folder, with run\.json in it"):
         rerun(tmp_path, console=QUIET)
+    # nothing is said of steps that were never compared
+    path.write_text("".join(json.dumps(e) + "\n" for e in entries[:2]))
+    capsys.readouterr()
+    assert main(["rerun", str(tmp_path / "a"), "--out", str(tmp_path / "d")]) == 1
+    said = capsys.readouterr().out
+    assert "losses there are of 2 of 5 steps" in said and "5 steps: not the same" in said
 
 
 def no_space(state, path):

@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import os
 import re
+import signal
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -32,8 +34,8 @@ from fastprompt.train import (
     run,
     showing,
 )
+from fastprompt.train import options as options_file
 from fastprompt.train import train as train_aloud
-from fastprompt.train import trainer as trainer_file
 from fastprompt.train.progress import read_metrics
 from fastprompt.train.rows import Problem
 
@@ -201,6 +203,8 @@ def test_a_loss_that_is_none_is_fatal_or_skipped(shared, tmp_path):
     trainer.add_callback(after)
     trainer.train()
     assert same(*seen) and trainer.state.global_step == 6
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [math.isfinite(loss) for loss in losses] == [True, True, False, True, True, True]
     assert [s[:7] for s in trainer.skipped] == ["step 3:"]
     assert all(p.isfinite().all() for p in patch.trainable.values())
 
@@ -230,9 +234,9 @@ def test_one_process_takes_one_card_of_several(shared, tmp_path, monkeypatch):
         return TrainingArguments(**options | dict(use_cpu=False))
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(trainer_file, "TrainingArguments", on_cards)
+    monkeypatch.setattr(options_file, "TrainingArguments", on_cards)
     assert on_cards(output_dir=str(tmp_path)).n_gpu == 2  # which Trainer would wrap
-    assert trainer_file.arguments(config_of(shared, tmp_path)).n_gpu == 1
+    assert options_file.arguments(config_of(shared, tmp_path)).n_gpu == 1
 
 
 def test_memory_is_trainings(shared, tmp_path, monkeypatch):
@@ -260,6 +264,15 @@ def test_tokens_of_an_image_in_the_estimate(vision):
     assert showing._image_tokens(tower) == states.shape[1]
 
 
+def test_tensorboard(shared, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = train(config_of(shared, tmp_path, max_steps=3, tensorboard=True))
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    seen = events.EventAccumulator(str(file)).Reload()
+    assert [e.step for e in seen.Scalars("train/loss")] == [1, 2, 3]
+    assert [e.value for e in seen.Scalars("train/loss")] == pytest.approx([*result.losses.values()])
+
+
 def test_images_that_break_while_training(shared, tmp_path):
     folder = tmp_path / "d"
     rows = conversations.rows(folder, 6)
@@ -277,6 +290,15 @@ def test_images_that_break_while_training(shared, tmp_path):
     listed = (tmp_path / "a" / "bad_rows.jsonl").read_text().splitlines()
     assert [json.loads(line)["kind"] for line in listed] == ["missing image"] * len(listed)
     assert len(listed) == len(result.problems)
+
+    # a run that goes on lists what it met before, though it is whole again
+    conversations.rows(folder, 6)
+    config = replace(config, out=str(tmp_path / "c"), save_every=1)
+    stop = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before = train(config, callbacks=[At(1, break_them), stop])
+    conversations.rows(folder, 6)
+    assert before.interrupted and before.problems
+    assert [*train(config, resume=True).problems] == [*before.problems]
 
     conversations.rows(folder, 6)
     config = replace(config, out=str(tmp_path / "b"), on_bad_row="fatal")

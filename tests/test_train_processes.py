@@ -72,6 +72,17 @@ def test_two_processes_are_one(shared, as_one, tmp_path):
     assert done.stdout.count("wrote ") == 1  # the first alone speaks
 
 
+def test_accelerates_launcher(shared, as_one, tmp_path):
+    out = tmp_path / "run"
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    run = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    run += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--module"]
+    run += ["fastprompt", "train", "--config", options(shared, out)]
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(out) == pytest.approx(losses(as_one), rel=1e-6)
+
+
 def test_a_killed_process_ends_the_job_which_resumes(shared, as_one, tmp_path):
     out = tmp_path / "run"
     path = options(shared, out)

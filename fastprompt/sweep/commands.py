@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from fastprompt.eval.evaluation import load
 from fastprompt.sweep.plan import Plan, read_plan
 from fastprompt.sweep.records import read_records
 from fastprompt.sweep.running import check_begun, run_plan, state
@@ -39,6 +41,7 @@ def sweep(arguments: list[str]) -> int:
         if given.list:
             _list(plan, console)
             return 0
+        _check_tasks(plan, console)
         report = run_plan(plan, jobs=given.jobs, say=lambda text: _say(console, text))
     except (ValueError, OSError) as error:
         _say(console, f"error: {error}")
@@ -70,8 +73,18 @@ def _plan(given: argparse.Namespace) -> tuple[Plan, str]:
         if unknown:
             raise ValueError(f"--only: want some of {', '.join(names)}; got {', '.join(unknown)}")
         runs = [run for run in plan.runs if run.name in given.only]
-        plan = Plan(runs, plan.eval, plan.tune)
+        plan = replace(plan, runs=runs)
     return plan, out
+
+
+def _check_tasks(plan: Plan, console: Console) -> None:
+    """Before hours of training: are the tasks' files there?"""
+    if plan.unasked:
+        tasks = " ".join(plan.unasked)
+        _say(console, f"not asked, for want of --benchmarks FOLDER: {tasks}; given it, the same "
+             "command asks the trained runs")  # fmt: skip
+    if "tasks" in plan.eval:
+        load(plan.eval["tasks"], plan.eval["data"])
 
 
 def _list(plan: Plan, console: Console) -> None:

@@ -54,11 +54,13 @@ class Plan:
     Attributes:
         eval: options of ``fastprompt eval``; none: nothing is evaluated after training.
         tune: the option whose best value tables show.
+        unasked: the plan's tasks, where nobody said which folder they are in.
     """
 
     runs: list[Run]
     eval: dict[str, Any] = field(default_factory=dict)
     tune: str | None = None
+    unasked: tuple[str, ...] = ()
 
 
 def read_plan(
@@ -103,8 +105,8 @@ def read_plan(
             runs.append(Run(name, seed, TrainConfig.of(values | own, f"{path}: {name}")))
     if tune and not all(run.config.evaluates for run in runs):
         raise ValueError(f"{path}: tune: want rows held out (hold_out or eval_data), got none")
-    asked = _asked((plan.get("eval") or {}) | dict(eval or {}), path)
-    return Plan(runs, asked, next(iter(tune), None))
+    asked, unasked = _asked((plan.get("eval") or {}) | dict(eval or {}), path)
+    return Plan(runs, asked, next(iter(tune), None), unasked)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -167,7 +169,8 @@ def _are_seeds(seeds: Any) -> bool:
     return whole and 0 < len(seeds) == len(set(seeds))
 
 
-def _asked(given: dict[str, Any], path: Path) -> dict[str, Any]:
+def _asked(given: dict[str, Any], path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What is asked, and tasks that cannot be."""
     unknown = given.keys() - set(EVAL)
     if unknown:
         raise ValueError(
@@ -176,6 +179,7 @@ def _asked(given: dict[str, Any], path: Path) -> dict[str, Any]:
     if "data" in given and not given.get("tasks"):
         raise ValueError(f"{path}: eval: want tasks beside data, got none")
     given = {k: [v] if k in LISTS and isinstance(v, str) else v for k, v in given.items()}
+    unasked = ()
     if "data" not in given:
-        given = {name: value for name, value in given.items() if name != "tasks"}
-    return given if given.keys() & {"tasks", "questions"} else {}
+        unasked = tuple(given.pop("tasks", ()))
+    return (given if given.keys() & {"tasks", "questions"} else {}), unasked

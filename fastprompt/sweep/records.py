@@ -109,6 +109,8 @@ def _evaluation(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
 def read_records(paths: Iterable[str | Path]) -> list[Record]:
     """All finished runs under folders, and those in files of results (results.json).
 
+    What `fastprompt rerun` made of a run is no run of its own, unless it is itself the folder.
+
     Raises:
         ValueError: nothing finished there, or a broken file.
         MixedRuns: see `check_mixed`.
@@ -118,7 +120,8 @@ def read_records(paths: Iterable[str | Path]) -> list[Record]:
         if path.is_file():
             found = _stored(path)
         else:
-            found = [Record.of(each.parent) for each in sorted(path.rglob(run_folder.RESULT))]
+            finished = [each.parent for each in sorted(path.rglob(run_folder.RESULT))]
+            found = [Record.of(f) for f in finished if f == path or not run_folder.repeats(f)]
         if not found:
             raise ValueError(f"{path}: want a folder with finished runs, found none")
         records += found

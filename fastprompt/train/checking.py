@@ -92,6 +92,13 @@ class Problems:
             replace(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def read_problems(path: Path) -> list[Problem]:
+    """What `Problems.write` wrote; none if there is no file."""
+    if not path.is_file():
+        return []
+    return [Problem(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+
+
 @dataclass(frozen=True)
 class Checked:
     """The usable rows of `Rows`.

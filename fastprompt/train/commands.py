@@ -127,8 +127,7 @@ def _dry_run(config: TrainConfig, console: Console) -> None:
 
 
 def _plan(config: TrainConfig, console: Console) -> None:
-    patch = preparing.prepare_model(config)
-    data = preparing.prepare_data(config, console, patch)
+    patch, data = preparing.prepare(config, console)
     trainer = preparing.make_trainer(config, data, patch)
     _say(console, showing.plan(trainer, patch, config))
     batch = next(iter(trainer.get_train_dataloader()))

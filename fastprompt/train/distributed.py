@@ -29,11 +29,17 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def start_processes() -> None:
+    """Let each process know its card, before it loads a model onto it and before Trainer asks."""
+    if processes() > 1:
+        PartialState(cpu=not torch.cuda.is_available())
+
+
 def of_the_first(value: Any) -> Any:
     """The first process's ``value``, in all of them."""
     if processes() == 1:
         return value
-    PartialState(cpu=not torch.cuda.is_available())  # before Trainer makes the same
+    start_processes()
     return broadcast_object_list([value])[0]
 
 

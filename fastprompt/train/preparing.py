@@ -30,6 +30,7 @@ from fastprompt.train import sharding
 from fastprompt.train.batches import Examples, pack
 from fastprompt.train.checking import Checked, Problems, Rows, TrainingError, check, choose
 from fastprompt.train.config import TrainConfig
+from fastprompt.train.distributed import start_processes
 from fastprompt.train.templates import ChatTemplate, count_image_tokens
 from fastprompt.train.trainer import PromptTrainer
 
@@ -91,6 +92,17 @@ class Data:
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def prepare(config: TrainConfig, console: Console | None = None) -> tuple[Patch, Data]:
+    """The model and its rows; these first, where they do not depend on it: a path that is wrong is
+    known before a large model is loaded."""
+    start_processes()
+    if config.visual_prompts != "drop":
+        patch = prepare_model(config)
+        return patch, prepare_data(config, console, patch)
+    data = prepare_data(config, console)
+    return prepare_model(config), data
+
+
 def prepare_data(
     config: TrainConfig, console: Console | None = None, patch: Patch | None = None
 ) -> Data:
@@ -130,12 +142,12 @@ def prepare_data(
                 tick=lambda: bar.advance(task),
             )  # fmt: skip
 
+    if config.eval_data and config.hold_out:
+        raise TrainingError("want eval_data or hold_out, got both")
     whole = checked(config.data)
     train, held_out = choose(whole, config.hold_out, config.subset, config.seeds["subset"])
     digests = {"train": whole.digest}
     if config.eval_data:
-        if config.hold_out:
-            raise TrainingError("want eval_data or hold_out, got both")
         held_out = checked(config.eval_data)
         digests["held_out"] = held_out.digest
     if not config.evaluates:

@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 from fastprompt import checkpoint
 from fastprompt.blocks.memory import size_text
 from fastprompt.files import replace
-from fastprompt.train.distributed import asked_of_any, processes
+from fastprompt.train.checking import Problems, read_problems
+from fastprompt.train.distributed import asked_of_any, of_all, processes
 from fastprompt.train.trainer import PromptTrainer
 
 METRICS = "metrics.jsonl"
@@ -83,6 +84,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return entries
+
+
+class ListBadRows(TrainerCallback):
+    """bad_rows.jsonl: those of all processes, written at the beginning and with each checkpoint, so
+    that a run that was killed and goes on lists what it met before."""
+
+    def __init__(self, path: Path, problems: Problems):
+        self.path, self.problems = path, problems
+        problems.merge(read_problems(path))
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.write(state.is_world_process_zero)
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self.problems.merge(of_all([*self.problems]))  # each process reads rows of its own
+        self.write(state.is_world_process_zero)
+
+    def write(self, main: bool) -> None:
+        if main:
+            self.problems.write(self.path)
 
 
 class KeepBest(TrainerCallback):

@@ -16,9 +16,17 @@ from fastprompt.share import count
 from fastprompt.train import run_folder, sharding
 from fastprompt.train.checking import Problems
 from fastprompt.train.config import TrainConfig
-from fastprompt.train.distributed import of_all, of_the_first, processes, sent_bytes
-from fastprompt.train.preparing import Data, make_trainer, prepare_data, prepare_model
-from fastprompt.train.progress import METRICS, Bar, KeepBest, Metrics, StopOnSignal, read_metrics
+from fastprompt.train.distributed import of_all, of_the_first, processes, rank, sent_bytes
+from fastprompt.train.preparing import Data, make_trainer, prepare
+from fastprompt.train.progress import (
+    METRICS,
+    Bar,
+    KeepBest,
+    ListBadRows,
+    Metrics,
+    StopOnSignal,
+    read_metrics,
+)
 from fastprompt.train.trainer import PromptTrainer
 
 
@@ -73,10 +81,11 @@ def train(
         torch.set_num_threads(run_folder.read_run(folder)["threads"])  # sums depend on it
     elif there:
         run_folder.check_new(folder)
-    patch = prepare_model(config)
-    data = prepare_data(config, console, patch)
+    patch, data = prepare(config, console)
     if resumes:
         run_folder.check_data(folder, data.digests)
+        if rank() == 0:
+            run_folder.write_config(folder, config)
     return _run(config, patch, data, resumes, console, callbacks or [])
 
 
@@ -87,17 +96,22 @@ def _run(
     resumes: bool,
     console: Console,
     callbacks: list[TrainerCallback],
+    again: str | None = None,
 ) -> Result:
+    """``again``: the folder of the run that this one repeats."""
     folder = Path(config.out)
     trainer = make_trainer(config, data, patch, callbacks)
     stop, bar = StopOnSignal(console.print), Bar(console, trainer)
     trainer.add_callback(stop)
+    listed = ListBadRows(folder / run_folder.BAD_ROWS, data.problems)
+    trainer.add_callback(listed)
     start = run_folder.last_checkpoint(folder) if resumes else None
     main = trainer.is_world_process_zero()
     if main:
         if not resumes:
             found = run_folder.facts(config, data.digests)
             found["base"] = base_sample(patch.model, trained=True)
+            found["again"] = again
             run_folder.begin(folder, config, found)
         for callback in (Metrics(folder), bar, KeepBest(folder, config.best_metric)):
             trainer.add_callback(callback)
@@ -111,8 +125,7 @@ def _run(
     finally:
         bar.stop()
         stop.restore()
-        if main:
-            data.problems.write(folder / run_folder.BAD_ROWS)
+        listed.write(main)
     if not stop.stopped and config.evaluates and not _evaluated(trainer):
         trainer.evaluate()
     entries = read_metrics(folder / METRICS)
@@ -166,8 +179,9 @@ def rerun(
     """Run a finished run again, with its options, seeds and threads, into a folder beside it.
 
     Returns:
-        The new run, and every difference found: of versions, and the first step whose loss is not
-        the same. On the CPU that it ran on, and the same versions, there is none.
+        The new run, and every difference found: of versions and CPU, steps that the old run never
+        came to, and the first whose loss is not the same. On the CPU that it ran on, and the same
+        versions, there is none.
 
     Raises:
         TrainingError: no run there, or its data has changed since.
@@ -180,12 +194,14 @@ def rerun(
     config = replace(config, out=str(out or f"{folder}-rerun"))
     differences = run_folder.changed_versions(folder)
     run_folder.check_new(Path(config.out))
-    patch = prepare_model(config)
-    data = prepare_data(config, console, patch)
+    patch, data = prepare(config, console)
     run_folder.check_data(folder, data.digests)
-    result = _run(config, patch, data, False, console, [])
+    result = _run(config, patch, data, False, console, [], again=str(folder))
     before = {e["step"]: e["loss"] for e in read_metrics(folder / METRICS) if "loss" in e}
-    for step in sorted(before.keys() & result.losses.keys()):
+    compared = sorted(before.keys() & result.losses.keys())
+    if len(compared) < len(result.losses):
+        differences.append(f"losses there are of {len(compared)} of {len(result.losses)} steps")
+    for step in compared:
         if before[step] != result.losses[step]:
             differences.append(f"loss of step {step}: {before[step]}, now {result.losses[step]}")
             break

@@ -12,6 +12,7 @@ checkpoint-N/  the last ones; best/ and prompts/: what trained, for `fastprompt.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -32,7 +33,14 @@ from fastprompt.train.distributed import processes
 
 CONFIG, RUN, BAD_ROWS, PROMPTS = "config.yaml", "run.json", "bad_rows.jsonl", "prompts"
 RESULT = "result.json"
-_PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "triton", "pillow")
+# those that can change a loss
+_PACKAGES = (
+    *("torch", "torchvision", "transformers", "tokenizers", "accelerate", "bitsandbytes"),
+    *("triton", "peft", "numpy", "pillow"),
+)
+# options of which no loss depends
+_FREE = {"out", "on_nan", "on_bad_row", "workers", "keep", "save_every", "eval_every"}
+_FREE |= {"tensorboard"}
 
 
 def facts(config: TrainConfig, digests: dict[str, str]) -> dict[str, Any]:
@@ -40,9 +48,10 @@ def facts(config: TrainConfig, digests: dict[str, str]) -> dict[str, Any]:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "command": sys.argv,
+        "cwd": os.getcwd(),  # paths of config.yaml may count from it
         "commit": _commit(),
         "versions": _versions(),
-        "machine": {"cpu": platform.processor() or platform.machine(), "card": card},
+        "machine": {"cpu": _cpu(), "card": card},
         "threads": torch.get_num_threads(),
         "processes": processes(),
         "seeds": config.seeds,
@@ -53,7 +62,7 @@ def facts(config: TrainConfig, digests: dict[str, str]) -> dict[str, Any]:
 def begin(folder: Path, config: TrainConfig, found: dict[str, Any]) -> None:
     """Write config.yaml and run.json of a new run."""
     folder.mkdir(parents=True, exist_ok=True)
-    replace(folder / CONFIG, lambda part: part.write_text(config.as_yaml(), encoding="utf-8"))
+    write_config(folder, config)
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     replace(folder / RUN, lambda part: part.write_text(text, encoding="utf-8"))
 
@@ -85,6 +94,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RUN).read_text(encoding="utf-8"))
 
 
+def repeats(folder: Path) -> bool:
+    """Whether `rerun` made it."""
+    return bool(read_run(folder).get("again"))
+
+
 def check_new(folder: Path) -> None:
     """Raises TrainingError if a run is there already."""
     if holds_run(folder):
@@ -92,11 +106,17 @@ def check_new(folder: Path) -> None:
 
 
 def check_same(folder: Path, config: TrainConfig) -> None:
-    """Raises TrainingError unless the run in ``folder`` has the same options."""
+    """Raises TrainingError unless the run in ``folder`` has the same options, but for those that
+    change no loss: what a run does about bad rows may change once it has met one."""
     old, new = asdict(TrainConfig.load(folder / CONFIG)), asdict(config)
-    other = [f"{n}: {old[n]!r}, now {new[n]!r}" for n in new if n != "out" and new[n] != old[n]]
+    free = _FREE | ({"memory"} if "off" not in (old["memory"], new["memory"]) else set())
+    other = [f"{n}: {old[n]!r}, now {new[n]!r}" for n in new if n not in free and new[n] != old[n]]
     if other:
         raise TrainingError(f"{folder}: to resume, want the run's own options; " + "; ".join(other))
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    replace(folder / CONFIG, lambda part: part.write_text(config.as_yaml(), encoding="utf-8"))
 
 
 def check_processes(folder: Path) -> None:
@@ -127,9 +147,17 @@ def last_checkpoint(folder: Path) -> Path | None:
 def changed_versions(folder: Path) -> list[str]:
     """What of versions and commit differs from when the run began, in words."""
     began = read_run(folder)
-    had = began["versions"] | {"commit": began["commit"]}
-    now = _versions() | {"commit": _commit()}
+    had = began["versions"] | {"commit": began["commit"], "cpu": began["machine"]["cpu"]}
+    now = _versions() | {"commit": _commit(), "cpu": _cpu()}
     return [f"{name} {had.get(name)}, now {x}" for name, x in now.items() if x != had.get(name)]
+
+
+def _cpu() -> str:
+    """Its name, where Linux says it: a loss's last digits depend on it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _short(digests: dict[str, str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from pathlib import Path
@@ -12,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from fastprompt.patching import patch_of
 from fastprompt.train.batches import ABOUT, Collator, Examples, Order
 from fastprompt.train.checking import Problems, TrainingError
 from fastprompt.train.config import TrainConfig
-from fastprompt.train.distributed import asked_of_any, sees, zero_of_a_blank_image
+from fastprompt.train.distributed import sees, zero_of_a_blank_image
+from fastprompt.train.guarding import LEFT_OUT, GuardSteps
+from fastprompt.train.options import arguments, groups
 from fastprompt.train.sharding import shard
 from fastprompt.train.templates import IGNORE
 
@@ -56,8 +57,8 @@ class PromptTrainer(Trainer):
         self.tokens, self.about = 0, {}
         self.step_rows: list[str] = []  # of the step that is being computed
         self.spoiled = ""  # what of it is not finite
+        self.left_out = ""  # why the step that has ended changed nothing
         self.norm: Tensor | float = 0.0  # of its gradient, before clipping
-        self.skipped: list[str] = []  # steps whose loss or gradient was not finite
         self._staging: Path | None = None
         self._patch = patch_of(model)
         super().__init__(
@@ -73,6 +74,11 @@ class PromptTrainer(Trainer):
     def steps(self) -> int:
         """How many steps `train` takes from the beginning."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    @property
+    def skipped(self) -> list[str]:
+        """Steps whose loss or gradient was not finite; checkpoints keep them."""
+        return [entry[LEFT_OUT] for entry in self.state.log_history if LEFT_OUT in entry]
 
     # ---- batches ----
 
@@ -128,6 +134,18 @@ class PromptTrainer(Trainer):
         if not torch.isfinite(loss):
             self.spoiled = f"the loss is {loss.item()}"
         return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args, **kwargs) -> None:
+        """Trainer clears a step's loss by taking it from itself, which leaves none of what is none:
+        every later loss would be none, too."""
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if not torch.isfinite(tr_loss):
+            tr_loss.zero_()
+
+    def log(self, logs: dict[str, Any], *args, **kwargs) -> None:
+        if "loss" in logs and self.left_out:
+            logs, self.left_out = {**logs, LEFT_OUT: self.left_out}, ""
+        super().log(logs, *args, **kwargs)
 
     def _get_grad_norm(self, *args, **kwargs) -> Tensor | float:
         self.norm = super()._get_grad_norm(*args, **kwargs)
@@ -195,75 +213,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def arguments(config: TrainConfig) -> TrainingArguments:
-    """What Trainer is to do of a `TrainConfig`; the rest is done here."""
-    schedules = dict(cosine="cosine", linear="linear", constant="constant_with_warmup")
-    evaluated = config.eval_every or config.save_every
-    made = TrainingArguments(
-        output_dir=config.out,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulate,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.clip,
-        warmup_steps=config.warmup,
-        lr_scheduler_type=schedules[config.schedule],
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a loss that is none is written as none
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or 1,
-        eval_strategy="steps" if config.evaluates and evaluated else "no",
-        eval_steps=evaluated or None,
-        seed=config.seed,
-        dataloader_num_workers=config.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,  # each step reaches all that trains
-        use_cpu=not torch.cuda.is_available(),
-        disable_tqdm=True,
-        report_to=["tensorboard"] if config.tensorboard else [],
-    )
-    made._n_gpu = min(made.n_gpu, 1)  # or one process would put nn.DataParallel on several cards
-    return made
-
-
-def groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """The optimiser's groups, each with its learning rate and weight decay."""
-    found = patch_of(model).param_groups()
-    own = dict(projector=config.projector_lr, head=config.head_lr)
-    for group in found:
-        rate = own.get(group["name"])
-        group["lr"] = config.learning_rate if rate is None else rate
-        group["weight_decay"] = config.weight_decay
-    return found
-
-
-class GuardSteps(TrainerCallback):
-    """A loss or a gradient that is not finite changes no parameter: it ends the run, or its step
-    is left out (the schedule goes on)."""
-
-    def __init__(self, trainer: PromptTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        trainer, reason = self.trainer, self.trainer.spoiled
-        if not reason and not math.isfinite(trainer.norm):
-            reason = "the gradient is not finite"
-        rows, trainer.step_rows, trainer.spoiled = trainer.step_rows, [], ""
-        if not asked_of_any(bool(reason), args.device):  # all processes step, or none
-            return
-        reason = reason or "another process met what is not finite"
-        message = f"step {state.global_step + 1}: {reason}; its rows: {', '.join(rows)}"
-        if trainer.config.on_nan == "fatal":
-            raise TrainingError(f"{message}\n--on-nan skip leaves such steps out")
-        trainer.skipped.append(message)
-        for p in model.parameters():
-            p.grad = None  # AdamW passes over what has none
 
 
 def _scores(logits: Tensor, labels: Tensor) -> Tensor:
