@@ -1,6 +1,7 @@
 """Every family under autocast: as near to float64 as literal rows under autocast are."""
 
 import copy
+from statistics import median
 
 import pytest
 import tiny
@@ -13,15 +14,20 @@ import fastprompt
 from fastprompt.concatenation import concatenate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DRAWS = 3  # one input alone can sit at a kink of a ReLU: the median of some is asked
 
 
-def run(model, prompts, name, dtype, autocast=None):
-    """The output and every prompt's gradient, in float64, of one forward and backward."""
-    given = zoo.inputs(name, dtype)
+def run(model, prompts, given, name, autocast=None):
+    """(The output, all prompts' gradients) of one forward and backward, in float64."""
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         out = tiny.output(name, model, given)
-    out.double().square().mean().backward()
-    return [out.detach().double(), *(p.tokens.grad.double() for p in prompts.values())]
+    torch.manual_seed(3)
+    direction = torch.randn(out.shape, dtype=torch.float64)
+    (64 * direction * out).sum().backward()  # scaled as float16 wants it
+    gradients = torch.cat([p.tokens.grad.double().flatten() for p in prompts.values()])
+    for prompt in prompts.values():
+        prompt.tokens.grad = None
+    return out.detach().double(), gradients
 
 
 @pytest.mark.parametrize("autocast", DTYPES.values(), ids=list(DTYPES))
@@ -38,9 +44,17 @@ def test_autocast(name, autocast):
             prompt.tokens.normal_(std=0.5)
             prompts[key].tokens.copy_(prompt.tokens)
             written[key].tokens.copy_(prompt.tokens)
-    wants = run(exact, kept, name, torch.float64)
-    gots = run(ours, prompts, name, torch.float32, autocast)
-    peers = run(theirs, written, name, torch.float32, autocast)
-    for what, got, want, peer in zip(["output", *prompts], gots, wants, peers, strict=True):
-        assert torch.isfinite(got).all(), what
-        assert relative(got, want) < 2 * relative(peer, want) + 1e-4, what
+    ratios = []
+    for seed in range(DRAWS):
+        given = zoo.inputs(name, torch.float32, seed)
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+        wants = run(exact, kept, wide, name)
+        gots = run(ours, prompts, given, name, autocast)
+        peers = run(theirs, written, given, name, autocast)
+        assert all(torch.isfinite(got).all() for got in gots)
+        errors = [[relative(x, want) for x, want in zip(xs, wants, strict=True)]
+                  for xs in (gots, peers)]  # fmt: skip
+        assert errors[0][0] < 0.5, "not near at all"
+        ratios.append([got / max(peer, 1e-6) for got, peer in zip(*errors, strict=True)])
+    for what, found in zip(("output", "gradients"), zip(*ratios, strict=True), strict=True):
+        assert median(found) < 2, (what, found)
