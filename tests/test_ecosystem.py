@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+import zoo
 
 import fastprompt
 from fastprompt.methods import VPT, DeepPrompts
@@ -10,8 +11,17 @@ from fastprompt.methods import VPT, DeepPrompts
 P = 3
 
 
+SEEING = ["vit", "dinov2", "clip_vision", "siglip_vision"]
+SEEING += [name for name, row in zoo.ROWS.items() if row.vision and not row.text
+           and row.library == "transformers"]  # fmt: skip
+
+
+def of(name):
+    return (zoo if name in zoo.ROWS else tiny).build(name, torch.float32).eval()
+
+
 def patched(name, method):
-    model = tiny.build(name).eval()
+    model = of(name)
     patch = fastprompt.patch(model, method)
     torch.manual_seed(0)
     for p in patch.trainable.values():
@@ -21,19 +31,20 @@ def patched(name, method):
 
 
 @pytest.mark.parametrize("baked", [False, True])
-@pytest.mark.parametrize("name", ["vit", "dinov2", "clip_vision"])
+@pytest.mark.parametrize("name", SEEING)
 def test_a_patched_vision_model_is_exported(name, baked):
     model, _ = patched(name, VPT(P))
-    given = tiny.inputs(name)
+    given = (zoo if name in zoo.ROWS else tiny).inputs(name, torch.float32)
     if baked:
         fastprompt.bake(model)
     with torch.no_grad():
         program = torch.export.export(model, (), given)
         want = model(**given)
         got = program.module()(**given)
-        other = {key: torch.randn_like(value) for key, value in given.items()}
+        other = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in given.items()}
         torch.testing.assert_close(got[0], want[0])
         torch.testing.assert_close(program.module()(**other)[0], model(**other)[0])
+        assert not torch.allclose(got[0], of(name)(**given)[0], rtol=1e-3)
 
 
 def test_a_device_map_of_one_device(tmp_path):

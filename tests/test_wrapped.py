@@ -41,6 +41,20 @@ def test_ddp_finds_every_parameter_used(name, one_process):
             torch.testing.assert_close(gradient, want[1][key])
 
 
+def test_ddp_trains_the_prompt_set_in_use(one_process):
+    model, given = tiny.build("llama").train(), tiny.inputs("llama")
+    patch = fastprompt.patch(model)
+    patch.add("other", text=3)
+    patch.use("other")
+    want = step(model, model, given)
+    wrapped = DistributedDataParallel(model)
+    for _ in range(2):
+        loss, gradients = step(model, wrapped, given)
+        torch.testing.assert_close(loss, want[0])
+        assert all(gradients[key].any() for key in patch.trainable)
+    assert all(p.tokens.grad is None for p in patch.sets["default"].prompts.values())
+
+
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_torch_compile_of_a_patched_model(name):
     model, given = tiny.build(name).train(), tiny.inputs(name)
