@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import asdict
 
 import conversations
 import numpy as np
@@ -142,12 +143,26 @@ BAD = {
         conversation(TELL),
         conversation(ASK, ASK, TELL),
         conversation(ASK, ("bot", "x")),
+        conversation((["human"], "What?"), TELL),
         conversation(ASK, ("gpt", 5)),
         conversation(ASK, TELL, ("system", "x")),
         {"conversations": ["x"]},
         conversation(ASK, TELL, image=["a.png"]),
     ],
-    "missing image": [conversation(ASK, TELL, image="none.png")],
+    "missing image": [
+        conversation(ASK, TELL, image="none.png"),
+        conversation(ASK, TELL, image="a\0.jpg"),
+        conversation(ASK, TELL, image="\ud83d.jpg"),
+    ],
+    "not UTF-8": [
+        conversation(ASK, TELL, id="x\ud83d"),
+        conversation(ASK, ("gpt", "x\ud83d")),
+        conversation(("human", "\ude00"), TELL),
+    ],
+    "image shape": [
+        conversation(ASK, TELL, image="long.png"),
+        conversation(ASK, TELL, image="tall.png"),
+    ],
     "broken image": [
         conversation(ASK, TELL, image="text.jpg"),
         conversation(ASK, TELL, image="empty.png"),
@@ -168,6 +183,8 @@ def test_bad_rows_are_named_and_the_others_kept(kind, suffix, tmp_path):
     conversations.draw("red", "circle").save(tmp_path / "good.png")
     (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "empty.png").write_bytes(b"")
+    Image.new("L", (200_000, 1)).save(tmp_path / "long.png")
+    Image.new("L", (1, 201)).save(tmp_path / "tall.png")
     good = [conversation(ASK, TELL, id=f"g{i}") for i in range(2)]
     for bad in BAD[kind]:
         made = [good[0], bad, good[1]]
@@ -183,6 +200,9 @@ def test_bad_rows_are_named_and_the_others_kept(kind, suffix, tmp_path):
         if suffix == "jsonl":
             assert problem.where == f"{path}:2"
         assert kind in problems.summary() and problem.reason in problems.summary()
+        problems.write(tmp_path / "bad_rows.jsonl")  # in UTF-8, whatever they say
+        (line,) = (tmp_path / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(line) == asdict(problem)
         with pytest.raises(TrainingError, match="--on-bad-row skip"):
             checked(path, fatal=True)
 
@@ -195,6 +215,15 @@ def test_bytes_that_are_no_text(tmp_path):
     assert found.indices.tolist() == [0, 3]
     assert [(p.where[-1], p.kind) for p in problems] == [("2", "not UTF-8"), ("3", "not JSON")]
     assert "0xe9" in problems.summary()
+
+
+def test_sides_of_an_image(tmp_path):
+    Image.new("L", (200, 1)).save(tmp_path / "a.png")
+    path = conversations.write_jsonl(tmp_path / "d.jsonl", [conversation(ASK, TELL, image="a.png")])
+    assert not checked(path)[1]
+    Image.new("L", (201, 1)).save(tmp_path / "a.png")
+    with pytest.raises(TrainingError, match="want at most 1 to 200, got 201 × 1"):
+        checked(path)
 
 
 def test_a_truncated_array_keeps_what_came_before(made, tmp_path):
@@ -216,6 +245,7 @@ def test_duplicate_ids(made, tmp_path):
     assert [(p.kind, p.id, p.where) for p in problems] == [
         ("duplicate id", made[2]["id"], f"{path}:6")
     ]
+    assert "--duplicate-ids keep" in problems.summary()
     found, problems = checked(path, keep_duplicates=True)
     assert len(found) == 12 and not problems
 
