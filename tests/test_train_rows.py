@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from dataclasses import asdict
 
@@ -52,8 +53,11 @@ def test_json_rows_are_found_by_their_bytes(layout, made, tmp_path):
     assert [json.loads(rows.raw(i)) for i in range(len(rows))] == made
     assert [rows[i].id for i in range(12)] == [row["id"] for row in made]
     lines = path.read_text(encoding="utf-8").splitlines()
+    assert len({rows.where(i) for i in range(12)}) == 12
     for i in range(12):
-        line = int(rows.where(i).rpartition(":")[2])
+        line, number = re.search(r":(\d+)(\[\d+\])?$", rows.where(i)).groups()
+        line = int(line)
+        assert number == (f"[{i}]" if len(lines) == 1 else None)
         assert lines[line - 1].lstrip("[ \t").startswith("{")
         if layout == "indented":
             assert made[i]["id"] in lines[line]
@@ -66,14 +70,16 @@ def test_jsonl_and_json_and_bom_hold_the_same(made, tmp_path):
     spaced = "\r\n\n".join(json.dumps(row) for row in made)
     (tmp_path / "spaced.json").write_text("\n \n" + spaced)  # JSONL under another name
     want = [json.dumps(row) for row in made]
-    for name in ("d.jsonl", "d.json", "spaced.json"):
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "d.jsonl").read_bytes())
+    for name in ("d.jsonl", "d.json", "spaced.json", "bom.jsonl"):
         rows = Rows([str(tmp_path / name)])
         assert [rows.raw(i).decode().strip() for i in range(len(rows))] == want
     assert Rows([str(tmp_path / "spaced.json")]).where(1).endswith("spaced.json:5")
+    assert not checked(tmp_path / "bom.jsonl")[1]
 
 
 def test_newlines_beyond_a_chunk(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastprompt.train.sources._CHUNK", 7)
+    monkeypatch.setattr("fastprompt.train.spans._CHUNK", 7)
     path = conversations.write_jsonl(tmp_path / "d.jsonl", made)
     assert [json.loads(JsonRows(path, None).raw(i)) for i in range(12)] == made
 
@@ -217,6 +223,17 @@ def test_bytes_that_are_no_text(tmp_path):
     assert "0xe9" in problems.summary()
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 600 + "]" * 600, "[" * 10**6])
+def test_rows_that_python_itself_refuses(value, tmp_path):
+    good = json.dumps(conversation(ASK, TELL, id="good"))
+    bad = json.dumps(conversation(ASK, TELL, id=0)).replace('"id": 0', f'"id": {value}')
+    path = tmp_path / "d.jsonl"
+    path.write_text(f"{bad}\n{good}\n")
+    found, problems = checked(path)
+    assert "good" in [found.rows[i].id for i in found.indices]
+    assert {p.kind for p in problems} <= {"not JSON", "cannot be read"}
+
+
 def test_sides_of_an_image(tmp_path):
     Image.new("L", (200, 1)).save(tmp_path / "a.png")
     path = conversations.write_jsonl(tmp_path / "d.jsonl", [conversation(ASK, TELL, image="a.png")])
@@ -259,6 +276,21 @@ def test_rows_without_an_id_are_no_duplicates(made, tmp_path):
     found, problems = checked(first, second)
     assert len(found) == 24 and not problems
     assert found.rows[0].id == f"{first}:1" and found.rows[13].id == f"{second}:2"
+
+
+def test_rows_on_one_line_are_told_apart(made, tmp_path):
+    """What json.dump writes: a problem each, and no two without an id are duplicates."""
+    for row in made:
+        row["id"] = None
+    made[3]["conversations"].pop()
+    made[7]["image"] = "none.png"
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(made))
+    found, problems = checked(path)
+    assert len(found) == 10
+    assert {p.where: p.kind for p in problems} == {
+        f"{path}:1[3]": "no answer", f"{path}:1[7]": "missing image",
+    }  # fmt: skip
 
 
 def test_a_bad_row_does_not_make_the_good_one_of_its_id_a_duplicate(made, tmp_path):

@@ -6,24 +6,18 @@ and its text (``x.jpg`` and ``x.json`` or, for a caption, ``x.txt``) share a nam
 
 from __future__ import annotations
 
-import json
-import mmap
 import os
-import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fastprompt.train.rows import BadRow, Blob, Row, parse
+from fastprompt.train import spans
+from fastprompt.train.rows import BadRow, Blob, Row, parse, read_json, read_text, writable
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _TEXTS = (".json", ".txt")
-_CHUNK = 2**24
-_BETWEEN = re.compile(rb"[^\s,\xef\xbb\xbf](?:.*[^\s,])?", re.DOTALL)  # no comma, no space, no BOM
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 class JsonRows:
@@ -31,27 +25,41 @@ class JsonRows:
 
     def __init__(self, path: Path, images: Path | None):
         self.path, self.images = path, images or path.parent
-        self.newlines = _newlines(path)
-        with open(path, "rb") as file:
-            head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        self.spans = _array(path) if head.startswith(b"[") else _lines(path, self.newlines)
+        self.newlines = spans.newlines_of(path)
+        self.spans = spans.of_file(path, self.newlines)
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def where(self, i: int) -> str:
-        return f"{self.path}:{np.searchsorted(self.newlines, self.spans[i][0]) + 1}"
+        """``file:line``; of several on a line ``file:line[i]``, so that no two are the same."""
+        near = self.spans[max(i - 1, 0) : i + 2, 0]
+        lines = np.searchsorted(self.newlines, near) + 1
+        line = lines[min(i, 1)]
+        several = np.count_nonzero(lines == line) > 1
+        return writable(f"{self.path}:{line}" + (f"[{i}]" if several else ""))
 
     def raw(self, i: int) -> bytes:
         start, end = map(int, self.spans[i])
-        return Blob(self.path, start, end - start).read()
+        return Blob(self.path, start, min(end - start, spans.LONGEST)).read()
 
     def row(self, i: int) -> Row:
-        raw = _json(self.raw(i))
+        raw = self._json(i)
         name = raw.get("image") if isinstance(raw, dict) else None
         if name is not None and not isinstance(name, str):
             raise BadRow("not a row", f"'image': want a file's name, got {type(name).__name__}")
         return parse(raw, self.where(i), Blob(self.images / name) if name else None)
+
+    def _json(self, i: int) -> object:
+        start, end = map(int, self.spans[i])
+        if start == end:
+            raise BadRow("not JSON", "want ']' after the last row, got the end of the file")
+        try:
+            return read_json(self.raw(i))
+        except BadRow as bad:
+            line = np.searchsorted(self.newlines, start) + 1
+            bad.reason = f"{end - start:,} bytes from line {line} on: {bad.reason}"
+            raise
 
 
 class PairedRows:
@@ -86,9 +94,9 @@ class PairedRows:
         if structured is None:
             if image is None:
                 raise BadRow("missing image", "a caption without an image beside it")
-            raw = {"caption": _text(caption.read()).strip()}
+            raw = {"caption": read_text(caption.read()).strip()}
         else:
-            raw = _json(structured.read())
+            raw = read_json(structured.read())
         return parse(raw, self.where(i), image)
 
     def _text(self, i: int) -> Blob | None:
@@ -136,78 +144,3 @@ def _split(name: str) -> tuple[str, str]:
     folder, base = os.path.split(name)
     stem, _, suffix = base.partition(".")
     return os.path.join(folder, stem), f".{suffix.lower()}"
-
-
-def _text(data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRow("not UTF-8", f"byte {data[error.start]:#04x} at {error.start}") from error
-
-
-def _json(data: bytes) -> object:
-    try:
-        return json.loads(_text(data))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise BadRow("not JSON", str(error)) from error
-
-
-def _newlines(path: Path) -> np.ndarray:
-    """int64 offsets of a file's newlines."""
-    found, start = [np.empty(0, np.int64)], 0
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + start)
-            start += len(chunk)
-    return np.concatenate(found)
-
-
-def _lines(path: Path, newlines: np.ndarray) -> np.ndarray:
-    """[n, 2] int64, begin and end of each line that is not blank."""
-    size = path.stat().st_size
-    if not size:
-        return np.empty((0, 2), np.int64)
-    spans = np.stack([np.append(0, newlines + 1), np.append(newlines, size)], axis=1)
-    with _mapped(path) as data:
-        return spans[[bool(data[start:end].strip()) for start, end in spans]]
-
-
-@contextmanager
-def _mapped(path: Path) -> Iterator[mmap.mmap]:
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        yield data
-
-
-def _array(path: Path) -> np.ndarray:
-    """[n, 2] int64, begin and end of each element of a JSON array.
-
-    What lies between two objects and is no comma becomes an element too, which no reader takes: so
-    a truncated file, or a number among the rows, is reported and not lost.
-    """
-    spans, depth, start, last = [], 0, 0, 0
-
-    def between(begin: int, end: int) -> None:
-        found = _BETWEEN.search(data, begin, end)
-        if found:
-            spans.append(found.span())
-
-    with _mapped(path) as data:
-        for token in _TOKEN.finditer(data):
-            mark = data[token.start()]
-            if mark in b"[{":
-                if depth == 0:
-                    last = token.end()
-                elif depth == 1 and mark == ord("{"):
-                    between(last, token.start())
-                    start = last = token.start()
-                depth += 1
-            elif mark in b"]}":
-                depth -= 1
-                if depth == 1 and mark == ord("}"):
-                    spans.append((start, token.end()))
-                    last = token.end()
-                elif depth == 0:
-                    between(last, token.start())
-                    last = token.end()
-        between(last, len(data))
-    return np.array(spans, dtype=np.int64).reshape(-1, 2)
