@@ -136,6 +136,8 @@ def check(
     digest, seen = hashlib.sha256(), set()
     indices, lengths = [], []
     for source in rows.sources:
+        for problem in source.problems:
+            problems.add(problem)
         if not len(source):
             problems.add(Problem(writable(str(source.path)), "-", "empty file", "it has no row"))
     for i in range(len(rows)):
