@@ -66,6 +66,8 @@ def made(tmp_path):
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_damaged_row_of_an_array_takes_no_other_with_it(writer, damage, made, tmp_path):
+    if writer == "indented":
+        made[8]["boxes"] = [{"left": 1}]  # a line that begins like a row, but for its place
     for rows in ((4,), (4, 5), (0, 7)):
         text = WRITERS[writer](made)
         for i in reversed(rows):
@@ -115,6 +117,7 @@ def test_what_stands_outside_of_an_array_is_said(made, tmp_path):
         (f"[{row}] 7", ["not a row"]),
         (f"[7] x [{row}]", ["not a row", "not JSON"]),
         (f"[] {row}", ["not JSON"]),
+        (f"[7] ] [{row}]", ["not a row"]),
     ):
         (tmp_path / "d.json").write_text(text)
         found, problems = checked(tmp_path / "d.json")
