@@ -56,7 +56,7 @@ def test_rows_are_questions_wherever_their_images_are(name, tmp_path):
     assert [q.options for q in found] == [("yes", "no"), (), (), *[("yes", "no")] * 2]
     assert [q.group for q in found] == ["", "count", "", "colour", "colour"]
     assert found[0].image == tmp_path / "a.png" and found[0].open().size == (10, 12)
-    assert found[3].where == (f"{path}:4" if name == "own.jsonl" else f"{path}:1")
+    assert found[3].where == (f"{path}:4" if name == "own.jsonl" else f"{path}:1[3]")
     elsewhere = read(path, images=tmp_path / "x", name="z")
     assert elsewhere[0].image == tmp_path / "x" / "a.png" and elsewhere[0].id == "z/1"
 

@@ -149,3 +149,22 @@ def test_a_row_that_went_bad_trains_nothing(data):
     assert bad.problem.kind == "broken image" and bad.problem.where == checked.rows.where(at)
     batch = Collator(3)([examples[5], [bad]])
     assert batch[ABOUT]["problems"] == [bad.problem]
+
+
+def test_a_row_that_the_processor_refuses_trains_nothing(data, monkeypatch):
+    checked, template, processor = data
+    examples = Examples(checked, template, processor, torch.float32)
+    refused = next(i for i in range(12) if checked.rows[i].image is not None)
+    sizes = []
+
+    def process(images, **more):
+        sizes.append(images[0].size)
+        raise RuntimeError("not enough memory: you tried to allocate 30105600000 bytes")
+
+    monkeypatch.setattr(examples, "process", process)
+    (bad,) = examples[refused]
+    assert sizes == [(24, 24)] and bad.pixels is None and set(bad.labels) == {IGNORE}
+    assert bad.id == checked.rows[refused].id and bad.problem.where == bad.where
+    assert bad.problem.kind == "image processor"
+    assert bad.problem.reason.startswith("of 24 × 24 pixels: RuntimeError: not enough memory")
+    assert examples[5][0].problem is None  # has no image

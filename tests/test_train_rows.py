@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import tarfile
+from dataclasses import asdict
 
 import conversations
 import numpy as np
@@ -51,8 +53,11 @@ def test_json_rows_are_found_by_their_bytes(layout, made, tmp_path):
     assert [json.loads(rows.raw(i)) for i in range(len(rows))] == made
     assert [rows[i].id for i in range(12)] == [row["id"] for row in made]
     lines = path.read_text(encoding="utf-8").splitlines()
+    assert len({rows.where(i) for i in range(12)}) == 12
     for i in range(12):
-        line = int(rows.where(i).rpartition(":")[2])
+        line, number = re.search(r":(\d+)(\[\d+\])?$", rows.where(i)).groups()
+        line = int(line)
+        assert number == (f"[{i}]" if len(lines) == 1 else None)
         assert lines[line - 1].lstrip("[ \t").startswith("{")
         if layout == "indented":
             assert made[i]["id"] in lines[line]
@@ -65,14 +70,16 @@ def test_jsonl_and_json_and_bom_hold_the_same(made, tmp_path):
     spaced = "\r\n\n".join(json.dumps(row) for row in made)
     (tmp_path / "spaced.json").write_text("\n \n" + spaced)  # JSONL under another name
     want = [json.dumps(row) for row in made]
-    for name in ("d.jsonl", "d.json", "spaced.json"):
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "d.jsonl").read_bytes())
+    for name in ("d.jsonl", "d.json", "spaced.json", "bom.jsonl"):
         rows = Rows([str(tmp_path / name)])
         assert [rows.raw(i).decode().strip() for i in range(len(rows))] == want
     assert Rows([str(tmp_path / "spaced.json")]).where(1).endswith("spaced.json:5")
+    assert not checked(tmp_path / "bom.jsonl")[1]
 
 
 def test_newlines_beyond_a_chunk(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastprompt.train.sources._CHUNK", 7)
+    monkeypatch.setattr("fastprompt.train.spans._CHUNK", 7)
     path = conversations.write_jsonl(tmp_path / "d.jsonl", made)
     assert [json.loads(JsonRows(path, None).raw(i)) for i in range(12)] == made
 
@@ -142,12 +149,26 @@ BAD = {
         conversation(TELL),
         conversation(ASK, ASK, TELL),
         conversation(ASK, ("bot", "x")),
+        conversation((["human"], "What?"), TELL),
         conversation(ASK, ("gpt", 5)),
         conversation(ASK, TELL, ("system", "x")),
         {"conversations": ["x"]},
         conversation(ASK, TELL, image=["a.png"]),
     ],
-    "missing image": [conversation(ASK, TELL, image="none.png")],
+    "missing image": [
+        conversation(ASK, TELL, image="none.png"),
+        conversation(ASK, TELL, image="a\0.jpg"),
+        conversation(ASK, TELL, image="\ud83d.jpg"),
+    ],
+    "not UTF-8": [
+        conversation(ASK, TELL, id="x\ud83d"),
+        conversation(ASK, ("gpt", "x\ud83d")),
+        conversation(("human", "\ude00"), TELL),
+    ],
+    "image shape": [
+        conversation(ASK, TELL, image="long.png"),
+        conversation(ASK, TELL, image="tall.png"),
+    ],
     "broken image": [
         conversation(ASK, TELL, image="text.jpg"),
         conversation(ASK, TELL, image="empty.png"),
@@ -168,6 +189,8 @@ def test_bad_rows_are_named_and_the_others_kept(kind, suffix, tmp_path):
     conversations.draw("red", "circle").save(tmp_path / "good.png")
     (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "empty.png").write_bytes(b"")
+    Image.new("L", (200_000, 1)).save(tmp_path / "long.png")
+    Image.new("L", (1, 201)).save(tmp_path / "tall.png")
     good = [conversation(ASK, TELL, id=f"g{i}") for i in range(2)]
     for bad in BAD[kind]:
         made = [good[0], bad, good[1]]
@@ -183,6 +206,9 @@ def test_bad_rows_are_named_and_the_others_kept(kind, suffix, tmp_path):
         if suffix == "jsonl":
             assert problem.where == f"{path}:2"
         assert kind in problems.summary() and problem.reason in problems.summary()
+        problems.write(tmp_path / "bad_rows.jsonl")  # in UTF-8, whatever they say
+        (line,) = (tmp_path / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(line) == asdict(problem)
         with pytest.raises(TrainingError, match="--on-bad-row skip"):
             checked(path, fatal=True)
 
@@ -195,6 +221,26 @@ def test_bytes_that_are_no_text(tmp_path):
     assert found.indices.tolist() == [0, 3]
     assert [(p.where[-1], p.kind) for p in problems] == [("2", "not UTF-8"), ("3", "not JSON")]
     assert "0xe9" in problems.summary()
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 600 + "]" * 600, "[" * 10**6])
+def test_rows_that_python_itself_refuses(value, tmp_path):
+    good = json.dumps(conversation(ASK, TELL, id="good"))
+    bad = json.dumps(conversation(ASK, TELL, id=0)).replace('"id": 0', f'"id": {value}')
+    path = tmp_path / "d.jsonl"
+    path.write_text(f"{bad}\n{good}\n")
+    found, problems = checked(path)
+    assert "good" in [found.rows[i].id for i in found.indices]
+    assert {p.kind for p in problems} <= {"not JSON"}
+
+
+def test_sides_of_an_image(tmp_path):
+    Image.new("L", (200, 1)).save(tmp_path / "a.png")
+    path = conversations.write_jsonl(tmp_path / "d.jsonl", [conversation(ASK, TELL, image="a.png")])
+    assert not checked(path)[1]
+    Image.new("L", (201, 1)).save(tmp_path / "a.png")
+    with pytest.raises(TrainingError, match="want at most 1 to 200, got 201 × 1"):
+        checked(path)
 
 
 def test_a_truncated_array_keeps_what_came_before(made, tmp_path):
@@ -216,6 +262,7 @@ def test_duplicate_ids(made, tmp_path):
     assert [(p.kind, p.id, p.where) for p in problems] == [
         ("duplicate id", made[2]["id"], f"{path}:6")
     ]
+    assert "--duplicate-ids keep" in problems.summary()
     found, problems = checked(path, keep_duplicates=True)
     assert len(found) == 12 and not problems
 
@@ -229,6 +276,21 @@ def test_rows_without_an_id_are_no_duplicates(made, tmp_path):
     found, problems = checked(first, second)
     assert len(found) == 24 and not problems
     assert found.rows[0].id == f"{first}:1" and found.rows[13].id == f"{second}:2"
+
+
+def test_rows_on_one_line_are_told_apart(made, tmp_path):
+    """What json.dump writes: a problem each, and no two without an id are duplicates."""
+    for row in made:
+        row["id"] = None
+    made[3]["conversations"].pop()
+    made[7]["image"] = "none.png"
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(made))
+    found, problems = checked(path)
+    assert len(found) == 10
+    assert {p.where: p.kind for p in problems} == {
+        f"{path}:1[3]": "no answer", f"{path}:1[7]": "missing image",
+    }  # fmt: skip
 
 
 def test_a_bad_row_does_not_make_the_good_one_of_its_id_a_duplicate(made, tmp_path):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import ProcessorMixin
 
 from fastprompt.train.checking import Checked
-from fastprompt.train.rows import BadRow, Problem
+from fastprompt.train.rows import BadRow, Problem, Row
 from fastprompt.train.templates import IGNORE, ChatTemplate
 
 ABOUT = "about"  # the batch's key of what is not the model's
@@ -68,17 +68,23 @@ class Examples(Dataset):
         where, row = self.checked.rows.where(i), None
         try:
             row = self.checked.rows[i]
-            found, pixels = self.template.encode(row), None
-            if row.image is not None:
-                image = self.process(images=[row.open_image()], return_tensors="pt")
-                pixels = image["pixel_values"][0].to(self.dtype)
+            found = self.template.encode(row)
+            pixels = None if row.image is None else self._pixels(row)
             return Example(found.ids, found.labels, pixels, row.id, where)
         except (BadRow, OSError) as error:  # it was good when it was checked
-            bad = error if isinstance(error, BadRow) else BadRow("cannot be read", str(error))
-            name = row.id if row else bad.id
-            problem = Problem(where, name, bad.kind, bad.reason)
+            problem = Problem.of(error, where, row and row.id)
             pad = self.template.tokenizer.eos_token_id or 0
-            return Example([pad], [IGNORE], None, name, where, problem)
+            return Example([pad], [IGNORE], None, problem.id, where, problem)
+
+    def _pixels(self, row: Row) -> Tensor:
+        image = row.open_image()
+        try:
+            made = self.process(images=[image], return_tensors="pt")
+            return made["pixel_values"][0].to(self.dtype)
+        except Exception as error:  # a model's own code, which may raise any: of this row alone
+            size = f"{image.width} × {image.height}"
+            reason = f"of {size} pixels: {type(error).__name__}: {error}"
+            raise BadRow("image processor", reason) from error
 
 
 def pack(lengths: np.ndarray, room: int, seed: int) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastprompt.files import replace
-from fastprompt.train.rows import BadRow, Problem, Row
+from fastprompt.train.rows import BadRow, Problem, Row, writable
 from fastprompt.train.sources import Source, open_sources
 from fastprompt.train.templates import ChatTemplate
 
@@ -143,8 +143,10 @@ def check(
     digest, seen = hashlib.sha256(), set()
     indices, lengths = [], []
     for source in rows.sources:
+        for problem in source.problems:
+            problems.add(problem)
         if not len(source):
-            problems.add(Problem(str(source.path), "-", "empty file", "it has no row"))
+            problems.add(Problem(writable(str(source.path)), "-", "empty file", "it has no row"))
     for i in range(len(rows)):
         row = None
         try:
@@ -155,16 +157,16 @@ def check(
                 digest.update(str(row.image.length()).encode())
             key = hashlib.blake2b(row.id.encode(), digest_size=8).digest()
             if key in seen and not keep_duplicates:
-                raise BadRow("duplicate id", "a row before it has the same id")
+                reason = "a row before it has the same id (--duplicate-ids keep trains on both)"
+                raise BadRow("duplicate id", reason)
             length = len(template.encode(row).ids)
             if length > max_length:
                 raise BadRow("too long", f"{length} tokens; want at most {max_length}")
             seen.add(key)
             indices.append(i)
             lengths.append(length)
-        except BadRow as bad:
-            name = row.id if row else bad.id
-            problems.add(Problem(rows.where(i), name, bad.kind, bad.reason))
+        except (BadRow, OSError) as error:
+            problems.add(Problem.of(error, rows.where(i), row and row.id))
         tick()
     if not indices:
         paths = ", ".join(str(source.path) for source in rows.sources)

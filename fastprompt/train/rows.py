@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE = "<image>"
+SIDES = 200  # one side to the other; a processor brings the shorter to a size, and the longer grows
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"system": "system"}
 
@@ -32,6 +34,12 @@ class Problem:
     id: str
     kind: str
     reason: str
+
+    @classmethod
+    def of(cls, error: Exception, where: str, id: str | None = None) -> Problem:
+        """What a row's error says; ``id``: the row's, if it was read so far."""
+        bad = error if isinstance(error, BadRow) else BadRow("cannot be read", _line(error))
+        return cls(where, writable(id or bad.id), bad.kind, writable(bad.reason))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.kind} (id {self.id}): {self.reason}"
@@ -73,13 +81,17 @@ class Row:
         """The image as RGB; ``decode=False`` reads its head alone, and no pixel can be asked for.
 
         Raises:
-            BadRow: it is missing, or cannot be read as an image.
+            BadRow: it is missing, cannot be read as an image, or has a side of more than `SIDES`
+                times the other.
         """
         try:
             with open(self.image.path, "rb") as file:
                 return self._read_image(file, decode)
-        except OSError as error:
-            raise BadRow("missing image", f"{self.image.path}: {error.strerror}") from error
+        except BadRow:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+            reason = getattr(error, "strerror", None) or str(error)
+            raise BadRow("missing image", f"{self.image.path}: {reason}") from error
 
     def _read_image(self, file: BinaryIO, decode: bool) -> Image.Image:
         from PIL import Image
@@ -90,8 +102,13 @@ class Row:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of EXIF and palettes
                 image = Image.open(ContainerIO(file, self.image.offset, size))
+                if max(image.size) > SIDES * min(image.size):
+                    want, got = f"want at most 1 to {SIDES}", f"{image.width} × {image.height}"
+                    raise BadRow("image shape", f"{self.image.path}: {want}, got {got}")
                 return image.convert("RGB") if decode else image
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except BadRow:
+            raise
+        except Exception as error:  # what a decoder stumbles on is any of them
             reason = f"{self.image.path} ({size} bytes): {_line(error)}"
             raise BadRow("broken image", reason) from error
 
@@ -112,7 +129,11 @@ def parse(raw: object, where: str, image: Blob | None) -> Row:
         raise BadRow("not a row", f"want an object, got {type(raw).__name__}")
     name = where if raw.get("id") is None else str(raw["id"])
     try:
-        return Row(name, where, _placed(_checked(_turns(raw)), image is not None), image)
+        if image is None and raw.get("image"):
+            raise BadRow("missing image", f"want {raw['image']!r} beside it, got no image")
+        turns = _placed(_checked(_turns(raw)), image is not None)
+        _check_characters([name, *(text for _, text in turns)])
+        return Row(name, where, turns, image)
     except BadRow as bad:
         bad.id = name
         raise
@@ -151,7 +172,7 @@ def _turn(turn: object, i: int) -> tuple[str, str]:
     if not isinstance(turn, dict):
         raise BadRow("not a row", f"turn {i}: want an object, got {type(turn).__name__}")
     role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if role not in _ROLES or not isinstance(text, str):
+    if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
         want = "want 'from' (human, gpt, system) and 'value' (text)"
         raise BadRow("not a row", f"turn {i}: {want}, got {role!r} and {type(text).__name__}")
     return _ROLES[role], text.strip()  # many templates strip, so that all do
@@ -169,6 +190,37 @@ def _placed(turns: list[tuple[str, str]], has_image: bool) -> list[tuple[str, st
         images = "one image" if has_image else "no image"
         raise BadRow("image marks", f"{images}, but {marks} {IMAGE} ({asked} of them in questions)")
     return turns
+
+
+def _check_characters(texts: list[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise BadRow("not UTF-8", f"want whole characters, got {half!r}") from error
+
+
+def read_text(data: bytes) -> str:
+    """Raises BadRow if it is not UTF-8."""
+    try:
+        return data.decode("utf-8-sig")  # with a byte order mark or without
+    except UnicodeDecodeError as error:
+        raise BadRow("not UTF-8", f"byte {data[error.start]:#04x} at {error.start}") from error
+
+
+def read_json(data: bytes) -> object:
+    """Raises BadRow if it is not JSON in UTF-8."""
+    text = read_text(data)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: of a number too long as well
+        raise BadRow("not JSON", str(error)) from error
+
+
+def writable(text: str) -> str:
+    """It, as can be printed and written: halves of characters as ``\\udc80``."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _line(error: BaseException) -> str:
