@@ -94,6 +94,25 @@ def test_pefts_checkpoint_gives_pefts_logits(name, config, tmp_path, wide):
     assert torch.equal(ours(**batch()).logits, base)
 
 
+@pytest.mark.parametrize("name", ["llava", "llava dinov2 qwen3"])
+def test_a_prefix_of_a_vision_language_model(name, tmp_path):
+    """PEFT's of the whole model, there and back."""
+    peft = pytest.importorskip("peft")
+    given, config = tiny.inputs(name), peft.PrefixTuningConfig(**_OPTIONS["PrefixTuningConfig"])
+    theirs = peft.get_peft_model(tiny.build(name), config).eval()
+    for p in theirs.prompt_encoder.parameters():
+        torch.nn.init.normal_(p)
+    want = theirs(**given).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = tiny.build(name)
+    base = ours(**given).logits
+    load_peft(ours, tmp_path / "theirs")
+    assert relative(ours(**given).logits, want) < 1e-5 and relative(base, want) > 0.1
+    save_peft(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(tiny.build(name), tmp_path / "ours").eval()
+    assert relative(back(**given).logits, want) < 1e-5
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", [DeepPrompts(text=P), PrefixTuning(P)])
 def test_our_prompts_give_our_logits_in_peft(name, method, tmp_path):
