@@ -141,10 +141,12 @@ def test_what_ended_a_run_may_be_skipped_when_it_goes_on(shared, tmp_path, capsy
     config = replace(config, out=str(tmp_path / "b"), on_nan="fatal", save_every=1)
     with pytest.raises(TrainingError, match="--on-nan skip leaves such steps out"):
         train(config, callbacks=[Spoil()])
-    config = replace(config, on_nan="skip", save_every=2, keep=3, workers=1)
+    config = replace(config, on_nan="skip", save_every=2, keep=4, workers=1)
     kill = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     train(config, resume=True, callbacks=[Spoil(), kill])
     result = train(config, resume=True)
+    there = sorted(p.name for p in (tmp_path / "b").glob("checkpoint-*"))
+    assert there == [f"checkpoint-{n}" for n in (2, 4, 5, 6)]  # every 2, and where it ended
     assert result.losses == want.losses and same(trained(result), trained(want))
     assert result.skipped == want.skipped and "step 3: the loss is nan" in result.skipped[0]
     assert TrainConfig.load(tmp_path / "b" / "config.yaml") == config

@@ -234,6 +234,7 @@ def test_one_process_takes_one_card_of_several(shared, tmp_path, monkeypatch):
         return TrainingArguments(**options | dict(use_cpu=False))
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or they would be set up
     monkeypatch.setattr(options_file, "TrainingArguments", on_cards)
     assert on_cards(output_dir=str(tmp_path)).n_gpu == 2  # which Trainer would wrap
     assert options_file.arguments(config_of(shared, tmp_path)).n_gpu == 1

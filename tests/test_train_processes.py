@@ -75,16 +75,11 @@ def test_two_processes_are_one(shared, as_one, tmp_path):
 def test_accelerates_launcher(shared, as_one, tmp_path):
     """As for two cards: with --cpu it starts one process only."""
     out = tmp_path / "run"
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    run = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-    ]
-    run += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--module"]
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+    env["HF_HOME"] = str(tmp_path)  # not this machine's configuration of accelerate
+    given = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
+    given += "--mixed_precision no --dynamo_backend no --module"
+    run = [sys.executable, "-m", "accelerate.commands.launch", *given.split()]
     run += ["fastprompt", "train", "--config", options(shared, out)]
     done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(report.header(env), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         tasks = _tasks(given, Path(folder))
-        env |= dict(rates=given.rates, quick=given.quick)
+        env |= dict(rates=given.rates, quick=given.quick, seed=given.seed)
         for name in given.only or CONTENDERS:
             for model, file in tasks.items():
                 rows.append(jobs.row(CONTENDERS[name], model, file, _steps(given, model), given))
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--steps", type=int, help="of training (tiny 300, demo 170)")
     parser.add_argument("--questions", type=int, default=500, help="of the demo's exam")
+    parser.add_argument("--seed", type=int, default=0, help="of the demo's questions")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="one: no search")
     parser.add_argument("--rate-steps", type=int, help="to try each rate for (a quarter of steps)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -88,7 +89,7 @@ def _steps(given: argparse.Namespace, model: str) -> int:
 def _demo(given: argparse.Namespace) -> Task:
     from benchmarks.field import demo  # its packages are an extra
 
-    return demo.prepare(_steps(given, "demo"), given.questions, given.cache)
+    return demo.prepare(_steps(given, "demo"), given.questions, given.cache, given.seed)
 
 
 if __name__ == "__main__":

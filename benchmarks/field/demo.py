@@ -21,11 +21,11 @@ WATCHED = 20  # training images kept aside
 ROWS = 24
 
 
-def prepare(steps: int, questions: int, cache: str | None) -> Task:
-    """The task of so many steps, with so many questions for an exam."""
+def prepare(steps: int, questions: int, cache: str | None, seed: int = Recipe.seed) -> Task:
+    """The task of so many steps, with so many questions for an exam; the seed draws both."""
     folder = wheels.converted(assembled.FOLDER, lambda to: assembled.assemble(to, cache), cache)
     tokenizer = language.tokenizer(cache)
-    packer, rng = Packer(tokenizer, Recipe.size), random.Random(Recipe.seed)
+    packer, rng = Packer(tokenizer, Recipe.size), random.Random(seed)
     pupils, exam = (
         Split.of(data.images(cache, split), data.load(cache, split)) for split in data.SPLITS
     )

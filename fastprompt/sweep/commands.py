@@ -83,7 +83,7 @@ def _check_tasks(plan: Plan, console: Console) -> None:
         tasks = " ".join(plan.unasked)
         _say(console, f"not asked, for want of --benchmarks FOLDER: {tasks}; given it, the same "
              "command asks the trained runs")  # fmt: skip
-    if "tasks" in plan.eval:
+    if "tasks" in plan.eval and any(state(run, plan) != "finished" for run in plan.runs):
         load(plan.eval["tasks"], plan.eval["data"])
 
 

@@ -7,12 +7,14 @@ import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from fastprompt.files import replace
+from fastprompt.train.pairs import STRAY
 from fastprompt.train.rows import BadRow, Problem, Row, writable
 from fastprompt.train.sources import Source, open_sources
 from fastprompt.train.templates import ChatTemplate
@@ -93,10 +95,15 @@ class Problems:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """What `Problems.write` wrote; none if there is no file."""
+    """What `Problems.write` wrote; none if there is no file, or another's."""
     if not path.is_file():
         return []
-    return [Problem(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+    found = []
+    with open(path, encoding="utf-8", newline="\n") as file:  # names may hold other line ends
+        for line in file:
+            with suppress(ValueError, TypeError):
+                found.append(Problem(**json.loads(line)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,11 @@ def check(
     indices, lengths = [], []
     for source in rows.sources:
         for problem in source.problems:
-            problems.add(problem)
+            # a README beside the rows is told, and ends no run
+            if problem.kind == STRAY:
+                problems.merge([problem])
+            else:
+                problems.add(problem)
         if not len(source):
             problems.add(Problem(writable(str(source.path)), "-", "empty file", "it has no row"))
     for i in range(len(rows)):

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from fastprompt.train import preparing, run, run_folder, showing
 from fastprompt.train.checking import TrainingError
 from fastprompt.train.config import TrainConfig, add_options, given_options, read_yaml
-from fastprompt.train.distributed import rank
+from fastprompt.train.distributed import end_processes, rank
 from fastprompt.train.templates import IGNORE
 
 
@@ -36,6 +36,7 @@ def train(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         return _failed(console, error)
     _report(result, console)
+    end_processes()
     return 130 if result.interrupted else 0
 
 

@@ -35,6 +35,12 @@ def start_processes() -> None:
         PartialState(cpu=not torch.cuda.is_available())
 
 
+def end_processes() -> None:
+    """At the end of a program: threads of gloo that outlive it may abort it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def of_the_first(value: Any) -> Any:
     """The first process's ``value``, in all of them."""
     if processes() == 1:

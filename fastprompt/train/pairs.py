@@ -16,6 +16,7 @@ from fastprompt.train.rows import BadRow, Blob, Problem, Row, parse, read_json, 
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 TEXTS = (".json", ".txt")
+STRAY = "file of no row"
 _HIDDEN = re.compile(r"(?:^|/)\.[^./]")
 Member = tuple[str, Blob | None]  # None: a link, a device; nothing that is read
 
@@ -39,19 +40,19 @@ class PairedRows:
         found: dict[str, list[tuple[str, Member]]] = {}
         others = []
         for name, blob in members:
-            stem, ending = split(name)
-            if os.path.basename(name).startswith("."):
+            if _HIDDEN.search(name):
                 continue  # ._x.jpg is not x.jpg's twin but macOS's
+            stem, ending = split(name)
             if ending in IMAGES + TEXTS:
                 found.setdefault(stem, []).append((ending, (name, blob)))
-            elif not _HIDDEN.search(name):
+            else:
                 others.append((stem, name))
         self.names, self.files = [*found], [*found.values()]
         want = f"want {', '.join(IMAGES + TEXTS)} after a name"
         for stem, name in others:
             # x.cls may stand beside x.jpg; a shard's x.1.jpg would have been a row's image
             if stem not in found or name.lower().endswith(IMAGES + TEXTS):
-                bad = BadRow("file of no row", f"{want}; got {name}", id="-")
+                bad = BadRow(STRAY, f"{want}; got {name}", id="-")
                 self.problems.append(Problem.of(bad, writable(f"{path}:{name}")))
 
     def __len__(self) -> int:

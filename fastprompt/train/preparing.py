@@ -96,6 +96,8 @@ def prepare(config: TrainConfig, console: Console | None = None) -> tuple[Patch,
     """The model and its rows; these first, where they do not depend on it: a path that is wrong is
     known before a large model is loaded."""
     start_processes()
+    sharding.check(config)
+    _MAKES[config.method](config)  # options that it refuses
     if config.visual_prompts != "drop":
         patch = prepare_model(config)
         return patch, prepare_data(config, console, patch)

@@ -16,7 +16,7 @@ from fastprompt.share import count
 from fastprompt.train import run_folder, sharding
 from fastprompt.train.checking import Problems
 from fastprompt.train.config import TrainConfig
-from fastprompt.train.distributed import of_all, of_the_first, processes, rank, sent_bytes
+from fastprompt.train.distributed import of_all, of_the_first, processes, sent_bytes
 from fastprompt.train.preparing import Data, make_trainer, prepare
 from fastprompt.train.progress import (
     METRICS,
@@ -84,8 +84,6 @@ def train(
     patch, data = prepare(config, console)
     if resumes:
         run_folder.check_data(folder, data.digests)
-        if rank() == 0:
-            run_folder.write_config(folder, config)
     return _run(config, patch, data, resumes, console, callbacks or [])
 
 
@@ -117,6 +115,10 @@ def _run(
             trainer.add_callback(callback)
         console.print(_headline(trainer, data, patch), highlight=False, markup=False)
     if resumes:
+        if main and not run_folder.is_finished(folder):
+            run_folder.write_config(folder, config)
+        for change in run_folder.changed_versions(folder):
+            console.print(f"not as when it began: {change}", highlight=False, markup=False)
         at = start.name if start else "the beginning: there is no checkpoint yet"
         console.print(f"resuming from {at}", highlight=False)
     try:

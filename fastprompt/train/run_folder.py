@@ -87,6 +87,10 @@ def holds_run(folder: Path) -> bool:
     return (folder / RUN).is_file()
 
 
+def is_finished(folder: Path) -> bool:
+    return (folder / RESULT).is_file()
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json; raises TrainingError if the folder holds no run."""
     if not holds_run(folder):

@@ -102,6 +102,8 @@ class PromptTrainer(Trainer):
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """Nothing, where a resumed run has taken all its steps: Trainer would take one more."""
+        # a checkpoint brings the cadence that it was written with: the options' goes before it
+        self.state.compute_steps(self.args, self.state.max_steps)
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
@@ -152,6 +154,12 @@ class PromptTrainer(Trainer):
         return self.norm
 
     # ---- evaluation ----
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Draws no number that training would: how often it is done changes no loss."""
+        cards = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=cards):
+            return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """No loss (a mean of means would be wrong); [B, 3] of each row: see `_scores`."""
